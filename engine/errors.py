@@ -1,0 +1,46 @@
+"""Everything that tiltscope raises on purpose.
+
+    TiltscopeError
+    ├── ConfigError       the request is wrong: a value, a name, a shape (also a ValueError)
+    ├── BundleError       files are missing, damaged or not what their description says
+    ├── CalibrationError  no tilt reaches the wanted activation
+    ├── NonFiniteError    every sample became non-finite
+    ├── RunnerError       the runner asked for cannot run here
+    ├── ExportError       a graph cannot be exported
+    └── ParityError       an exported graph differs from its reference
+
+Every message says what was got, what is allowed and what to do. On the command line ConfigError, BundleError,
+CalibrationError and RunnerError exit with 2 (the request cannot be met here), the others with 1.
+"""
+
+
+class TiltscopeError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class ConfigError(TiltscopeError, ValueError):
+    """A value, a name or a shape is not allowed."""
+
+
+class BundleError(TiltscopeError):
+    """A bundle's files are missing, damaged, or not what bundle.json says."""
+
+
+class CalibrationError(TiltscopeError):
+    """The wanted activation cannot be reached, or the activations do not vary."""
+
+
+class NonFiniteError(TiltscopeError):
+    """No sample stayed finite."""
+
+
+class RunnerError(TiltscopeError):
+    """The runner asked for is not available here."""
+
+
+class ExportError(TiltscopeError):
+    """A graph cannot be exported."""
+
+
+class ParityError(TiltscopeError):
+    """An exported graph does not reproduce its reference."""
