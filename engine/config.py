@@ -1,0 +1,205 @@
+"""What can be asked for: the settings of sample() and explain(), validated on construction.
+
+The same frozen dataclasses serve the Python keywords, the command line and the manifest. A field left None is filled by the
+preset (`resolved`). Solver, grid, lift and log-tilt are kept as text ("ddim(eta=0.5)"), whatever they were given as, so a
+config is JSON and back. This module imports neither numpy nor torch: the command line's --help reads it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from math import isfinite
+from typing import Any, Self
+
+from tiltscope.engine.errors import ConfigError
+
+MAX_NUM = 1_000_000
+MAX_BATCH = 1024
+LARGEST_DEFAULT_BUCKET = 8
+
+LIFTS = ("dps",)
+RUNNERS = ("torch",)
+DTYPES = ("float32", "float64")
+PRESETS: dict[str, dict[str, Any]] = {
+    # The KL-minimal tilt at a calibrated lambda. Ancestral sampling, because plug-in guidance has no consistent marginals
+    # and a stochastic sampler forgets its errors (docs/decisions.md, "Default solver").
+    "calibrated": {"log_tilt": "linear", "lift": "dps", "solver": "ddpm", "steps": 100},
+}
+# What decides neither the pictures nor their number: a run may be continued with other values of these.
+NOT_IN_IDENTITY = ("num", "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Settings of one distribution. Raises ConfigError on construction for a value that is not allowed."""
+
+    num: int = 8
+    """how many samples, 1 to 1,000,000"""
+    lam: float | tuple[float, ...] | None = None
+    """the tilt's lambda (0: the unguided prior; negative: suppression); or --target-activation"""
+    target_activation: float | None = None
+    """the wanted mean of phi(activation); lambda is calibrated to it"""
+    log_tilt: str | None = None
+    """linear | capped(cap=C)"""
+    lift: str | None = None
+    """dps"""
+    solver: str | None = None
+    """ddpm | ddim(eta=E) | euler | heun | dpmpp_2m"""
+    steps: int | None = None
+    """intervals of the noise grid"""
+    grid: str | None = None
+    """native (the network's own levels) | angle(alpha_min=A); default: the solver's own"""
+    preset: str = "calibrated"
+    """fills what is not given: calibrated"""
+    particles: int = 1
+    """particles a sample: 1"""
+    seed: int = 0
+    """0 to 2^64 - 1; (seed, index) addresses one picture"""
+    indices: tuple[int, ...] | None = None
+    """which samples of the seed to draw (default 0 .. num-1)"""
+    batch_size: int | None = None
+    """slots a step advances together (default: the power of two that holds num, at most 8)"""
+    guidance_interval: tuple[float, float] | None = None
+    """(sigma_lo, sigma_hi): rows outside are not guided"""
+    calibration_num: int = 256
+    """unguided draws that calibrate lambda where prior and feature share no pool"""
+    runner: str = "torch"
+    """torch"""
+    dtype: str = "float32"
+    """float32 | float64"""
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        _whole("num", self.num, 1, MAX_NUM)
+        _whole("seed", self.seed, 0, 2**64 - 1)
+        _whole("particles", self.particles, 1, 1, hint="the particle-corrected sampler is not part of this version")
+        _whole("calibration_num", self.calibration_num, 16, 100_000)
+        if self.steps is not None:
+            _whole("steps", self.steps, 1, 100_000)
+        if self.batch_size is not None:
+            _whole("batch_size", self.batch_size, 1, MAX_BATCH)
+        if self.target_activation is not None:
+            self._set(target_activation=_finite("target_activation", self.target_activation))
+        self._check_lam()
+        self._check_indices()
+        self._check_interval()
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _check_choices(self) -> None:
+        from tiltscope.engine.sampler.plan import GRIDS, SOLVERS, describe_choice, parse_choice
+        from tiltscope.engine.tilt.log_tilt import LOG_TILTS
+
+        for name, registry in (("solver", SOLVERS), ("grid", GRIDS), ("log_tilt", LOG_TILTS)):
+            if (given := getattr(self, name)) is not None:
+                self._set(**{name: describe_choice(parse_choice(given, registry, name), registry)})
+        for name, allowed in (("runner", RUNNERS), ("dtype", DTYPES), ("preset", tuple(PRESETS)), ("lift", LIFTS)):
+            given = getattr(self, name)
+            if given not in allowed and not (name == "lift" and given is None):
+                raise ConfigError(f"{name}: got {given!r}, allowed are {', '.join(allowed)}")
+
+    def _check_lam(self) -> None:
+        if self.lam is None:
+            return
+        if self.target_activation is not None:
+            raise ConfigError(
+                f"lam and target_activation: got both ({self.lam} and {self.target_activation}); "
+                "give one, the other follows from it"
+            )
+        if isinstance(self.lam, Sequence) and not isinstance(self.lam, str):
+            values = tuple(_finite(f"lam[{at}]", value) for at, value in enumerate(self.lam))
+            if len(values) != self.num:
+                raise ConfigError(f"lam: got {len(values)} values for num={self.num}; give one, or one a sample")
+            self._set(lam=values)
+        else:
+            self._set(lam=_finite("lam", self.lam))
+
+    def _check_indices(self) -> None:
+        if self.indices is None:
+            return
+        if isinstance(self.indices, str) or not isinstance(self.indices, Sequence):
+            raise ConfigError(f"indices: got {self.indices!r}, allowed is a list of whole numbers")
+        for index in self.indices:
+            _whole("indices", index, 0, 2**31 - 1)
+        if len(set(self.indices)) != len(self.indices):
+            twice = next(index for index in self.indices if self.indices.count(index) > 1)
+            raise ConfigError(f"indices: {twice} is given twice; an index is one picture, name each once")
+        if len(self.indices) != self.num:
+            raise ConfigError(f"indices: got {len(self.indices)} of them for num={self.num}; the two must agree")
+        self._set(indices=tuple(self.indices))
+
+    def _check_interval(self) -> None:
+        if self.guidance_interval is None:
+            return
+        if isinstance(self.guidance_interval, str) or len(self.guidance_interval) != 2:
+            raise ConfigError(f"guidance_interval: got {self.guidance_interval!r}, allowed is (sigma_lo, sigma_hi)")
+        lo, hi = (_finite("guidance_interval", value) for value in self.guidance_interval)
+        if not 0 <= lo <= hi <= 1:
+            raise ConfigError(f"guidance_interval: got ({lo}, {hi}), allowed is 0 <= sigma_lo <= sigma_hi <= 1")
+        self._set(guidance_interval=(lo, hi))
+
+    @property
+    def bucket(self) -> int:
+        """The one padded batch shape of a run: batch_size, else min(8, the next power of two >= num)."""
+        return self.batch_size or min(LARGEST_DEFAULT_BUCKET, 1 << (self.num - 1).bit_length())
+
+    @property
+    def all_indices(self) -> Sequence[int]:
+        return range(self.num) if self.indices is None else self.indices
+
+    def resolved(self) -> Self:
+        """The same settings with everything the preset fills written out."""
+        missing = {name: value for name, value in PRESETS[self.preset].items() if getattr(self, name) is None}
+        return replace(self, **missing)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; from_json reads them back."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Raises ConfigError for an unknown key."""
+        known = [each.name for each in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"config: unknown key {name!r}, allowed are {', '.join(known)}")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def identity(self, *parts: str) -> str:
+        """64 hex digits over `parts` (command, bundle, feature) and every resolved setting that decides the pictures."""
+        settings = {name: value for name, value in self.resolved().to_json().items() if name not in NOT_IN_IDENTITY}
+        return hashlib.sha256(json.dumps([*parts, settings], sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig(SampleConfig):
+    """Settings of explain(): those of sample(), and the target as a quantile of natural activation."""
+
+    target_quantile: float | None = field(default=None)
+    """the target as a quantile of natural activation, strictly between 0 and 1"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_quantile is None:
+            return
+        self._set(target_quantile=_finite("target_quantile", self.target_quantile))
+        if not 0 < self.target_quantile < 1:
+            raise ConfigError(f"target_quantile: got {self.target_quantile}, allowed is strictly between 0 and 1")
+        for name in ("lam", "target_activation"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"target_quantile and {name}: got both; give one, the other follows from it")
+
+
+def _whole(name: str, value: Any, low: int, high: int, *, hint: str = "") -> None:
+    if type(value) is not int or not low <= value <= high:
+        allowed = f"{low}" if low == high else f"whole numbers from {low} to {high}"
+        raise ConfigError(f"{name}: got {value!r}, allowed: {allowed}" + (f" ({hint})" if hint else ""))
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise ConfigError(f"{name}: got {value!r}, allowed are finite numbers")
+    return float(value)

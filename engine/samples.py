@@ -1,0 +1,86 @@
+"""What comes back: Samples of one distribution, and an Explanation with four of them side by side."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tiltscope.engine.tilt.calibrate import Calibration
+
+Target = Literal["approximate", "consistent", "exact", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Draws from one distribution of pictures.
+
+    target: "approximate" for plug-in guidance, "consistent" for the particle-corrected sampler, "exact" for draws from the
+    pool itself or an unguided prior, "none" for activation maximisation, which draws from no stated distribution.
+    log_z, kl, ess: of the tilt, None where not known; their source is in the manifest.
+    heat: where the feature fires on each sample, in units of activation. sources: names of the pool's pictures, if any.
+    """
+
+    feature: str
+    x0: Float[Tensor, "num ..."]
+    images: UInt8[Tensor, "num 3 height width"] | None
+    activation: Float[Tensor, "num"]
+    drive: Float[Tensor, "num"]
+    lam: Float[Tensor, "num"]
+    seed: int
+    index: Int[Tensor, "num"]
+    target: Target
+    nfe: Int[Tensor, "num"]
+    n_vjp: Int[Tensor, "num"]
+    ok: Bool[Tensor, "num"]
+    log_z: float | None = None
+    kl: float | None = None
+    ess: float | None = None
+    weights: Tensor | None = None
+    particles: Tensor | None = None
+    heat: Float[Tensor, "num grid_h grid_w"] | None = None
+    sources: tuple[str, ...] | None = None
+    manifest: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write pictures, tensors and manifest (files: docs/files.md). Raises ConfigError where `folder` cannot hold them."""
+        from tiltscope.engine.report.writer import save_samples
+
+        return save_samples(self, Path(folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Four answers to what a feature means, with the numbers that say how far to trust each.
+
+    answers: tilt, topk, hard, actmax. metrics: answer -> {name: number or None}. target: the wanted mean of phi(a); lam
+    reaches it. natural: the pool's activations. notes: what a reader must know of one answer.
+    """
+
+    feature: str
+    name: str | None
+    answers: dict[str, Samples]
+    metrics: dict[str, dict[str, float | None]]
+    target: float
+    target_quantile: float
+    lam: float
+    calibration: Calibration
+    natural: NDArray[np.float64]
+    natural_mean: float
+    prior_mean: float
+    prior_mean_se: float
+    warnings: tuple[str, ...]
+    notes: dict[str, str]
+    manifest: dict[str, Any]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the page, the four answers and the manifest. Raises ConfigError where `folder` cannot hold them."""
+        from tiltscope.engine.report.writer import save_explanation
+
+        return save_explanation(self, Path(folder))
