@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from math import isfinite
 from typing import Any, Self
 
+from tiltscope.engine.choice import describe_choice, parse_choice
 from tiltscope.engine.errors import ConfigError
 
 MAX_NUM = 1_000_000
@@ -90,7 +91,7 @@ class SampleConfig:
             object.__setattr__(self, name, value)
 
     def _check_choices(self) -> None:
-        from tiltscope.engine.sampler.plan import GRIDS, SOLVERS, describe_choice, parse_choice
+        from tiltscope.engine.sampler.plan import GRIDS, SOLVERS
         from tiltscope.engine.tilt.log_tilt import LOG_TILTS
 
         for name, registry in (("solver", SOLVERS), ("grid", GRIDS), ("log_tilt", LOG_TILTS)):

@@ -15,16 +15,16 @@ coefficient. Numpy only: an embedding without torch fills the very same table.
 To add a solver: write a frozen dataclass with `default_grid`, `stochastic` and `rows(thetas)`, and name it in SOLVERS.
 """
 
-import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import IntEnum
-from math import acos, cos, isfinite, log, sin, sqrt, tan
+from math import acos, cos, log, sin, sqrt, tan
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tiltscope.engine.choice import parse_choice
 from tiltscope.engine.errors import ConfigError
 
 COLUMNS = ("sigma", "alpha", "a", "b", "c", "d", "e", "p", "q", "f", "r")
@@ -253,55 +253,6 @@ def make_plan(
     return Plan(table=table, kind=kind, thetas=thetas)
 
 
-_SPEC = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*")
-
-
-def parse_choice(choice: Any, registry: dict[str, type[Any]], what: str) -> Any:
-    """An object of the registry from its name, from text such as "ddim(eta=0.5)" or "capped(3)", or as it is.
-
-    Parameters are numbers, by name or by position. Raises ConfigError listing the allowed names or parameters.
-    """
-    if type(choice) in registry.values():
-        return choice
-    match = _SPEC.fullmatch(choice) if isinstance(choice, str) else None
-    if match is None or match[1] not in registry:
-        raise ConfigError(f"{what}: got {choice!r}, allowed are {', '.join(registry)}")
-    make = registry[match[1]]
-    names = [each.name for each in fields(make) if each.init]
-    parameters: dict[str, float] = {}
-    for position, text in enumerate(filter(None, map(str.strip, (match[2] or "").split(",")))):
-        name, _, value = text.rpartition("=")
-        name = name.strip() or (names[position] if position < len(names) else "")
-        if name not in names or name in parameters:
-            raise ConfigError(f"{what} {match[1]}: got {text!r}, parameters are {', '.join(names) or 'none'}")
-        parameters[name] = _number(value, f"{what} {match[1]}: {name}")
-    missing = [each.name for each in fields(make) if each.init and _required(each) and each.name not in parameters]
-    if missing:
-        raise ConfigError(f"{what} {match[1]}: {missing[0]} is missing; write {match[1]}({missing[0]}=NUMBER)")
-    return make(**parameters)
-
-
-def describe_choice(choice: Any, registry: dict[str, type[Any]]) -> str:
-    """The text that parse_choice reads back: "heun", "ddim(eta=0.5)"."""
-    name = next(name for name, kind in registry.items() if type(choice) is kind)
-    values = [f"{each.name}={getattr(choice, each.name)!r}" for each in fields(choice) if each.init]
-    return f"{name}({', '.join(values)})" if values else name
-
-
-def _required(each: Field[Any]) -> bool:
-    return each.default is MISSING and each.default_factory is MISSING
-
-
-def _number(text: str, what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ConfigError(f"{what}: got {text.strip()!r}, allowed are numbers") from None
-    if not isfinite(value):
-        raise ConfigError(f"{what}: got {text.strip()}, allowed are finite numbers")
-    return value
-
-
 def _pairs(thetas: NDArray[np.float64]) -> Iterator[tuple[float, float]]:
     values = [float(theta) for theta in thetas]
     yield from zip(values[:-1], values[1:], strict=True)
@@ -309,4 +260,3 @@ def _pairs(thetas: NDArray[np.float64]) -> Iterator[tuple[float, float]]:
 
 def _log_snr(theta: float) -> float:
     return log(cos(theta) / sin(theta))
-

@@ -1,0 +1,90 @@
+"""The step graph: the pure tensor function that every row runs, and its reference in eager torch.
+
+    step_graph(x, sigma, alpha, readout) -> D, activation, drive, grad_a
+      D                 = prior.denoise(x, sigma)                     E[x0 | x]
+      activation, drive = readout(trunk(preprocess(D)))               or a custom feature's own function of D
+      grad_a            = d/dx sum_batch drive                        per sample, never averaged over the batch
+
+The strength w = lambda phi'(drive) stays outside: no lambda, cap or log-tilt is ever part of a graph. It knows nothing of
+rows, plans or seeds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.feature.readout import Readout, read
+from tiltscope.engine.prior.prior import Prior
+
+
+class StepOutput(NamedTuple):
+    """The step graph's outputs; activation defines q*, drive is what guidance differentiates."""
+
+    x0_hat: Float[Tensor, "batch ..."]
+    activation: Float[Tensor, "batch"]
+    drive: Float[Tensor, "batch"]
+    grad_a: Float[Tensor, "batch ..."]
+
+
+class Step(Protocol):
+    """What a runner provides: the two graphs of a row, and the feature's reading of a finished picture.
+
+    `readout` is a batch of readouts, one a slot, or None where the feature is a function of its own.
+    """
+
+    name: str
+
+    def unguided(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor: ...
+
+    def guided(self, x: Tensor, sigma: Tensor, alpha: Tensor, readout: Readout | None) -> StepOutput: ...
+
+    def measure(self, x0: Tensor, readout: Readout | None) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class TorchStep:
+    """The reference runner: autograd in eager torch. Every other runner is held to its numbers."""
+
+    prior: Prior
+    feature: Feature
+    name: str = "torch"
+
+    def unguided(
+        self, x: Float[Tensor, "batch ..."], sigma: Float64[Tensor, "batch"], alpha: Float64[Tensor, "batch"]
+    ) -> Float[Tensor, "batch ..."]:
+        """D = E[x0 | x], without the trunk and without a gradient."""
+        with torch.no_grad():
+            return self.prior.denoise(x, sigma)
+
+    def guided(
+        self,
+        x: Float[Tensor, "batch ..."],
+        sigma: Float64[Tensor, "batch"],
+        alpha: Float64[Tensor, "batch"],
+        readout: Readout | None,
+    ) -> StepOutput:
+        """D, activation, drive and one vector-Jacobian product with cotangent 1 for each sample."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            x0_hat = self.prior.denoise(x, sigma)
+            activation, drive = self._read(x0_hat, readout)
+            (grad_a,) = torch.autograd.grad(drive.sum(), x)
+        return StepOutput(x0_hat.detach(), activation.detach(), drive.detach(), grad_a)
+
+    def measure(self, x0: Float[Tensor, "batch ..."], readout: Readout | None) -> tuple[Tensor, Tensor]:
+        """(activation, drive) of finished pictures."""
+        with torch.no_grad():
+            return self._read(x0, readout)
+
+    def _read(self, x0: Tensor, readout: Readout | None) -> tuple[Tensor, Tensor]:
+        if readout is None or self.feature.trunk is None:
+            return self.feature.activation_and_drive(x0)
+        return read(self.feature.trunk(x0), readout)
+
+
+BuildStep = Callable[[str, Prior, Feature], Step]
