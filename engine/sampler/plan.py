@@ -15,6 +15,7 @@ coefficient. Numpy only: an embedding without torch fills the very same table.
 To add a solver: write a frozen dataclass with `default_grid`, `stochastic` and `rows(thetas)`, and name it in SOLVERS.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -255,7 +256,7 @@ def make_plan(
 
 def _pairs(thetas: NDArray[np.float64]) -> Iterator[tuple[float, float]]:
     values = [float(theta) for theta in thetas]
-    yield from zip(values[:-1], values[1:], strict=True)
+    yield from itertools.pairwise(values)
 
 
 def _log_snr(theta: float) -> float:
