@@ -1,10 +1,12 @@
 """What comes back: Samples of one distribution, and an Explanation with four of them side by side."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
@@ -53,6 +55,18 @@ class Samples:
         from tiltscope.engine.report.writer import save_samples
 
         return save_samples(self, Path(folder))
+
+
+def join(chunks: Iterable[Samples]) -> Samples:
+    """The samples of one run, in order, as one record."""
+    parts = list(chunks)
+
+    def joined(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    names = ("x0", "images", "activation", "drive", "lam", "index", "nfe", "n_vjp", "ok", "heat")
+    return replace(parts[0], **{name: joined(name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)

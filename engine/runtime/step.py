@@ -9,7 +9,6 @@ The strength w = lambda phi'(drive) stays outside: no lambda, cap or log-tilt is
 rows, plans or seeds.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -85,6 +84,3 @@ class TorchStep:
         if readout is None or self.feature.trunk is None:
             return self.feature.activation_and_drive(x0)
         return read(self.feature.trunk(x0), readout)
-
-
-BuildStep = Callable[[str, Prior, Feature], Step]
