@@ -1,0 +1,69 @@
+# Everything a person or CI runs. `make demo` and `make test` set up .venv by themselves, on a machine with Python 3.11 or newer.
+#
+#   make demo                      explain one feature with the embedded models, into a new folder
+#   make test                      the default tier: offline, CPU, a few minutes
+#   make test-slow [SHARD=k]       the rest, or its shard k of $(SHARDS)
+#   make lint | types              ruff; pyright strict
+#   make bench                     the measured numbers of this machine
+#   make wheel-check               the wheel, from a clean archive, in a clean environment
+#   make train                     how the embedded models were made (hours)
+
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    := $(VENV)/bin/python
+SHARDS := 2
+DEMO_FEATURE ?=
+
+# The repository root must never be on sys.path: its kernels/ would shadow a distribution that transformers looks for.
+export PYTHONSAFEPATH := 1
+# One environment for every target: a hub would be asked for nothing, but libraries look for one at import.
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow lint types bench wheel-check train clean shards
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# What users get. PyPI's torch is the CPU build of constraints/ wherever the registry has one.
+$(VENV)/.installed: pyproject.toml constraints/cpu.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --constraint constraints/cpu.txt --editable .
+	@touch $@
+
+# And what the checks need.
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --constraint constraints/cpu.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(RUN) tools/demo.py $(DEMO_FEATURE)
+
+test: $(VENV)/.installed-dev
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/.installed-dev
+	$(RUN) -m pytest -m 'slow or browser' $(if $(SHARD),--shard $(SHARD)/$(SHARDS))
+
+lint: $(VENV)/.installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(RUN) tools/link_farm.py
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+bench: $(VENV)/.installed-dev
+	$(RUN) benchmarks/import_time.py
+
+wheel-check: $(VENV)/.installed-dev
+	$(RUN) tools/wheel_check.py
+
+train: $(VENV)/.installed-dev
+	sh tools/train_all.sh
+
+# How many shards the slow tier has: .ci/run asks.
+shards:
+	@echo $(SHARDS)
+
+clean:
+	rm -rf $(VENV) build dist
