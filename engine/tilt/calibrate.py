@@ -11,13 +11,11 @@ neither overflow nor cancel. Numpy only: knows nothing of pictures, pools or sam
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from tiltscope.engine.errors import CalibrationError, ConfigError
 from tiltscope.engine.tilt.log_tilt import LogTilt, parse_log_tilt
@@ -60,9 +58,7 @@ class DefaultTarget:
     quantile: float
 
 
-def calibrate(
-    activations: Float[Any, "num"] | Sequence[float], target: float, *, log_tilt: str | LogTilt = "linear"
-) -> Calibration:
+def calibrate(activations: ArrayLike, target: float, *, log_tilt: str | LogTilt = "linear") -> Calibration:
     """The lambda >= 0 with E_lam[phi(a)] = target, by safeguarded Newton  lam += (c - mean) / variance.
 
     activations: natural activations a_i. target: c, in units of phi(a).
@@ -100,9 +96,7 @@ def calibrate(
     return replace(found, reason=_caution(found.max_weight))
 
 
-def estimates(
-    activations: Float[Any, "num"] | Sequence[float], lam: float, *, log_tilt: str | LogTilt = "linear"
-) -> Calibration:
+def estimates(activations: ArrayLike, lam: float, *, log_tilt: str | LogTilt = "linear") -> Calibration:
     """KL, log Z, ESS and largest weight of a given lambda of either sign; feasible: ESS >= 10.
 
     Raises CalibrationError where phi(a) does not vary, ConfigError for values that are not finite numbers.
@@ -118,9 +112,7 @@ def estimates(
     return replace(found, reason=_caution(found.max_weight))
 
 
-def tilt_weights(
-    activations: Float[Any, "num"] | Sequence[float], lam: float, *, log_tilt: str | LogTilt = "linear"
-) -> NDArray[np.float64]:
+def tilt_weights(activations: ArrayLike, lam: float, *, log_tilt: str | LogTilt = "linear") -> NDArray[np.float64]:
     """w_i = exp(lam phi(a_i)) / sum_j exp(lam phi(a_j)): float64 [num], summing to 1; lam of either sign.
 
     Raises CalibrationError where phi(a) does not vary, ConfigError for values that are not finite numbers.
@@ -128,15 +120,13 @@ def tilt_weights(
     return _weights(_natural_phi(activations, parse_log_tilt(log_tilt)), _finite_number("lam", lam))
 
 
-def tilted_mean(
-    activations: Float[Any, "num"] | Sequence[float], lam: float, *, log_tilt: str | LogTilt = "linear"
-) -> float:
+def tilted_mean(activations: ArrayLike, lam: float, *, log_tilt: str | LogTilt = "linear") -> float:
     """E_lam[phi(a)] of the natural activations, the target that `lam` reaches."""
     phi = _natural_phi(activations, parse_log_tilt(log_tilt))
     return _mean(phi, _finite_number("lam", lam))
 
 
-def largest_reachable(activations: Float[Any, "num"] | Sequence[float], *, log_tilt: str | LogTilt = "linear") -> float:
+def largest_reachable(activations: ArrayLike, *, log_tilt: str | LogTilt = "linear") -> float:
     """The largest target that `calibrate` accepts: E_lam[phi] where ESS = 10 (always below max phi).
 
     Raises CalibrationError where phi(a) does not vary or fewer than 10 activations are given.
@@ -144,9 +134,7 @@ def largest_reachable(activations: Float[Any, "num"] | Sequence[float], *, log_t
     return _largest(_enough(_natural_phi(activations, parse_log_tilt(log_tilt))))
 
 
-def default_target(
-    activations: Float[Any, "num"] | Sequence[float], *, log_tilt: str | LogTilt = "linear"
-) -> DefaultTarget:
+def default_target(activations: ArrayLike, *, log_tilt: str | LogTilt = "linear") -> DefaultTarget:
     """The largest target with ESS >= 10 and largest weight <= 0.2, by bisection on lambda.
 
     ESS falls and the largest weight rises with lambda: d log ESS / dlam = 2 E_lam[phi] - 2 E_2lam[phi] <= 0 and
@@ -160,16 +148,12 @@ def default_target(
     return DefaultTarget(target=target, lam=lam, quantile=_quantile_of(phi, target))
 
 
-def quantile_of(
-    activations: Float[Any, "num"] | Sequence[float], target: float, *, log_tilt: str | LogTilt = "linear"
-) -> float:
+def quantile_of(activations: ArrayLike, target: float, *, log_tilt: str | LogTilt = "linear") -> float:
     """The natural quantile of phi(a) that `target` is, in [0, 1]: the inverse of `target_at_quantile`."""
     return _quantile_of(_natural_phi(activations, parse_log_tilt(log_tilt)), _finite_number("target", target))
 
 
-def target_at_quantile(
-    activations: Float[Any, "num"] | Sequence[float], quantile: float, *, log_tilt: str | LogTilt = "linear"
-) -> float:
+def target_at_quantile(activations: ArrayLike, quantile: float, *, log_tilt: str | LogTilt = "linear") -> float:
     """The `quantile` of phi(a) under natural pictures, linear between order statistics (numpy's default)."""
     q = _finite_number("quantile", quantile)
     if not 0 <= q <= 1:
@@ -180,9 +164,9 @@ def target_at_quantile(
 def _natural_phi(activations: Any, tilt: LogTilt) -> NDArray[np.float64]:
     """phi(a), checked: one axis, finite, not constant."""
     if hasattr(activations, "detach"):
-        activations = activations.detach().cpu()
+        activations = activations.detach().cpu().double().numpy()
     try:
-        a = np.array(activations, np.float64)
+        a = np.asarray(activations, np.float64)
     except (TypeError, ValueError):
         raise ConfigError(
             f"activations got {type(activations).__name__}; allowed: a list or array of numbers"
