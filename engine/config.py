@@ -20,7 +20,6 @@ MAX_BATCH = 1024
 LARGEST_DEFAULT_BUCKET = 8
 
 LIFTS = ("dps",)
-RUNNERS = ("torch",)
 DTYPES = ("float32", "float64")
 PRESETS: dict[str, dict[str, Any]] = {
     # The KL-minimal tilt at a calibrated lambda. Ancestral sampling, because plug-in guidance has no consistent marginals
@@ -91,13 +90,19 @@ class SampleConfig:
             object.__setattr__(self, name, value)
 
     def _check_choices(self) -> None:
+        from tiltscope.engine.runtime.runners import runner_names
         from tiltscope.engine.sampler.plan import GRIDS, SOLVERS
         from tiltscope.engine.tilt.log_tilt import LOG_TILTS
 
         for name, registry in (("solver", SOLVERS), ("grid", GRIDS), ("log_tilt", LOG_TILTS)):
             if (given := getattr(self, name)) is not None:
                 self._set(**{name: describe_choice(parse_choice(given, registry, name), registry)})
-        for name, allowed in (("runner", RUNNERS), ("dtype", DTYPES), ("preset", tuple(PRESETS)), ("lift", LIFTS)):
+        for name, allowed in (
+            ("runner", runner_names()),
+            ("dtype", DTYPES),
+            ("preset", tuple(PRESETS)),
+            ("lift", LIFTS),
+        ):
             given = getattr(self, name)
             if given not in allowed and not (name == "lift" and given is None):
                 raise ConfigError(f"{name}: got {given!r}, allowed are {', '.join(allowed)}")

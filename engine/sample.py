@@ -230,7 +230,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
     programme = Programme(
         plans=(plan,),
         log_tilts=(log_tilt,),
-        step=step_for(config.runner, prior, feature),
+        step=step_for(config.runner, prior, feature, dtype),
         shape=prior.shape,
         dtype=dtype,
     )

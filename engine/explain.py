@@ -1,0 +1,299 @@
+"""explain(): what a feature means, in four answers side by side, with the numbers that say how far to trust each.
+
+    tilt     draws from  p(x) exp(lam phi(a(x))) / Z         KL-minimal among all distributions with its mean activation
+    topk     the pool's strongest pictures                    a hard constraint on a finite set
+    hard     pool pictures above a threshold                   the threshold whose mean above it is the tilt's
+    actmax   activation maximisation                           one mode, under a regulariser that is not p
+
+The three rivals are held to the activation that the tilt reached, so what is compared is what else they are.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tiltscope.engine.bundle import Bundle
+from tiltscope.engine.choice import parse_choice
+from tiltscope.engine.config import ExplainConfig, SampleConfig
+from tiltscope.engine.errors import CalibrationError
+from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.report.metrics import measure, prior_warning
+from tiltscope.engine.sample import (
+    CALIBRATION_BATCH,
+    OnStep,
+    Run,
+    check_any_finite,
+    failures,
+    prepare,
+    unguided_draws,
+)
+from tiltscope.engine.samples import Explanation, Samples, join
+from tiltscope.engine.tilt.actmax import activation_maximisation
+from tiltscope.engine.tilt.calibrate import (
+    Calibration,
+    calibrate,
+    default_target,
+    estimates,
+    quantile_of,
+    target_at_quantile,
+    tilted_mean,
+)
+from tiltscope.engine.tilt.log_tilt import LOG_TILTS, LogTilt
+from tiltscope.engine.tilt.pool_rivals import hard_truncation, top_k
+
+# Unguided draws that say whether the sampler's prior is the p that the pool calibrates.
+PRIOR_CHECK_NUM = 32
+
+
+@dataclass
+class _Stopwatch:
+    """Wall seconds by component."""
+
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @contextmanager
+    def __call__(self, component: str):
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[component] = self.seconds.get(component, 0.0) + time.perf_counter() - started
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inquiry:
+    """A checked request: the feature, its natural activations, and a Run whose lambda reaches the target."""
+
+    bundle: Bundle
+    feature: Feature
+    config: ExplainConfig
+    natural: NDArray[np.float64]
+    target: float
+    target_quantile: float
+    calibration: Calibration
+    run: Run
+
+    @property
+    def identity(self) -> str:
+        """Same identity, same pictures: over bundle, feature and every setting but num and batch_size."""
+        return self.config.identity("explain", self.bundle.identity, self.feature.identity)
+
+
+def explain(
+    bundle: Bundle,
+    feature: Feature | str,
+    *,
+    target_quantile: float | None = None,
+    on_step: OnStep | None = None,
+    **settings: Any,
+) -> Explanation:
+    """The main job: four answers to what `feature` means, and their numbers.
+
+    settings: every keyword of sample(). At most one of lam, target_activation and target_quantile; without any, the largest
+    target that at least 10 effective natural pictures carry. Raises as sample() does; TypeError for an unknown keyword.
+    """
+    for name in ("lam", "indices", "guidance_interval"):
+        if isinstance(settings.get(name), Sequence) and not isinstance(settings[name], str):
+            settings[name] = tuple(settings[name])
+    config = ExplainConfig(target_quantile=target_quantile, **settings)
+    return answer(inquire(bundle, feature, config), on_step=on_step)
+
+
+def inquire(bundle: Bundle, feature: Feature | str, config: ExplainConfig) -> Inquiry:
+    """Check the request and find lambda; nothing is drawn. Raises ConfigError or CalibrationError."""
+    config = config.resolved()
+    feature = bundle.feature(feature) if isinstance(feature, str) else feature
+    log_tilt: LogTilt = parse_choice(config.log_tilt, LOG_TILTS, "log_tilt")
+    natural = bundle.pool.activations(feature)
+    target, calibration = _target(config, natural, log_tilt)
+    lam = config.lam if isinstance(config.lam, tuple) else calibration.lam
+    settings = {name: value for name, value in config.to_json().items() if name != "target_quantile"}
+    asked = SampleConfig.from_json(settings | {"lam": lam, "target_activation": None})
+    return Inquiry(
+        bundle=bundle,
+        feature=feature,
+        config=config,
+        natural=natural,
+        target=target,
+        target_quantile=quantile_of(natural, target, log_tilt=log_tilt),
+        calibration=calibration,
+        run=prepare(bundle.prior, feature, asked),
+    )
+
+
+def _target(config: ExplainConfig, natural: NDArray[np.float64], log_tilt: LogTilt) -> tuple[float, Calibration]:
+    """The wanted mean of phi(a), and the tilt that reaches it."""
+    if config.lam is not None:
+        lam = config.lam if isinstance(config.lam, float) else float(np.mean(config.lam))
+        return tilted_mean(natural, lam, log_tilt=log_tilt), estimates(natural, lam, log_tilt=log_tilt)
+    if config.target_activation is not None:
+        target = config.target_activation
+    elif config.target_quantile is not None:
+        target = target_at_quantile(natural, config.target_quantile, log_tilt=log_tilt)
+    else:
+        chosen = default_target(natural, log_tilt=log_tilt)
+        return chosen.target, estimates(natural, chosen.lam, log_tilt=log_tilt)
+    found = calibrate(natural, target, log_tilt=log_tilt)
+    if not found.feasible:
+        raise CalibrationError(found.reason)
+    return target, found
+
+
+def answer(inquiry: Inquiry, *, on_step: OnStep | None = None) -> Explanation:
+    """Draw the tilt, hold the three rivals to the activation it reached, and measure all four."""
+    watch = _Stopwatch()
+    run, bundle, feature, natural = inquiry.run, inquiry.bundle, inquiry.feature, inquiry.natural
+    notes: dict[str, str] = {}
+    with watch("tilt"):
+        tilt = join(run.draw(on_step=on_step))
+        check_any_finite(tilt, run.plan)
+    reached = float(tilt.activation[tilt.ok].mean()) if tilt.ok.any() else inquiry.target
+    with watch("prior_check"):
+        prior_activation = _prior_check(run)
+    with watch("pool_rivals"):
+        topk = _from_pool(inquiry, top_k(natural, run.config.num))
+        hard = hard_truncation(natural, reached, run.config.num, seed=run.config.seed)
+        hard_samples = _from_pool(inquiry, hard.chosen)
+        if len(hard.chosen) < run.config.num:
+            notes["hard"] = f"only {len(hard.members)} pool pictures lie above the threshold {hard.threshold:.4g}"
+    with watch("actmax"):
+        actmax, notes_actmax = _activation_maximum(inquiry, reached)
+        if notes_actmax:
+            notes["actmax"] = notes_actmax
+    answers = {"tilt": tilt, "topk": topk, "hard": hard_samples, "actmax": actmax}
+    answers = {name: replace(each, heat=_heat(feature, each)) for name, each in answers.items()}
+    seconds = {"tilt": watch.seconds["tilt"], "topk": None, "hard": None, "actmax": watch.seconds["actmax"]}
+    with watch("metrics"):
+        metrics = {
+            name: measure(
+                each,
+                answer=name,
+                bundle=bundle,
+                feature=feature,
+                natural=natural,
+                log_tilt=run.programme.log_tilts[0],
+                tilt=inquiry.calibration,
+                seconds=seconds[name],
+            )
+            for name, each in answers.items()
+        }
+    prior_se = float(prior_activation.std(ddof=1) / len(prior_activation) ** 0.5)
+    warnings = [
+        prior_warning(float(natural.mean()), float(prior_activation.mean()), prior_se),
+        inquiry.calibration.reason or None,
+        f"{int((~tilt.ok).sum())} of {len(tilt)} samples became non-finite or were stopped"
+        if not tilt.ok.all()
+        else None,
+    ]
+    explanation = Explanation(
+        feature=feature.name,
+        name=bundle.label(feature),
+        answers=answers,
+        metrics=metrics,
+        target=inquiry.target,
+        target_quantile=inquiry.target_quantile,
+        lam=inquiry.calibration.lam,
+        calibration=inquiry.calibration,
+        natural=natural,
+        natural_mean=float(natural.mean()),
+        prior_mean=float(prior_activation.mean()),
+        prior_mean_se=prior_se,
+        warnings=tuple(filter(None, warnings)),
+        notes=notes,
+        manifest={},
+    )
+    return replace(explanation, manifest=_manifest(inquiry, explanation, watch.seconds))
+
+
+def _prior_check(run: Run) -> NDArray[np.float64]:
+    """Activations of unguided draws under the run's own plan."""
+    x0 = unguided_draws(run.programme, seed=run.config.seed, num=PRIOR_CHECK_NUM, bucket=PRIOR_CHECK_NUM)
+    readout = None if run.feature.readout is None else run.feature.readout.expand(len(x0))
+    return run.programme.step.measure(x0, readout)[0].double().numpy()
+
+
+def _from_pool(inquiry: Inquiry, chosen: NDArray[np.int64]) -> Samples:
+    """Pool pictures as an answer: no network ran for them."""
+    pool, num = inquiry.bundle.pool, len(chosen)
+    x0 = pool.x0(chosen)
+    activation = torch.from_numpy(inquiry.natural[chosen]).to(torch.float32)
+    _, drive = inquiry.feature.activation_and_drive(x0)
+    none = torch.zeros(num, dtype=torch.int64)
+    return Samples(
+        feature=inquiry.feature.name,
+        x0=x0,
+        images=pool.images(chosen),
+        activation=activation,
+        drive=drive.detach(),
+        lam=torch.full((num,), torch.nan),
+        seed=inquiry.run.config.seed,
+        index=torch.from_numpy(np.asarray(chosen)),
+        target="exact",
+        nfe=none,
+        n_vjp=none,
+        ok=torch.ones(num, dtype=torch.bool),
+        sources=tuple(pool.names[at] for at in chosen),
+    )
+
+
+def _activation_maximum(inquiry: Inquiry, target_mean: float) -> tuple[Samples, str | None]:
+    run = inquiry.run
+    found = activation_maximisation(
+        inquiry.feature, shape=run.prior.shape, num=run.config.num, target_mean=target_mean, seed=run.config.seed
+    )
+    num = run.config.num
+    activation, drive = (each.detach() for each in inquiry.feature.activation_and_drive(found.x0))
+    samples = Samples(
+        feature=inquiry.feature.name,
+        x0=found.x0,
+        images=run.prior.to_images(found.x0),
+        activation=activation,
+        drive=drive,
+        lam=torch.full((num,), torch.nan),
+        seed=run.config.seed,
+        index=torch.tensor(list(run.config.all_indices)),
+        target="none",
+        nfe=torch.zeros(num, dtype=torch.int64),
+        n_vjp=torch.full((num,), found.n_vjp),
+        ok=torch.isfinite(activation),
+    )
+    note = None if found.reached else f"stopped after {found.steps} steps without reaching the tilt's mean activation"
+    return samples, note
+
+
+def _heat(feature: Feature, samples: Samples) -> torch.Tensor | None:
+    with torch.no_grad():
+        parts = [feature.heat_map(x0) for x0 in samples.x0.split(CALIBRATION_BATCH)]
+    return None if parts[0] is None else torch.cat([part for part in parts if part is not None])
+
+
+def _manifest(inquiry: Inquiry, explanation: Explanation, seconds: dict[str, float]) -> dict[str, Any]:
+    run, calibration = inquiry.run, inquiry.calibration
+    tilt = explanation.answers["tilt"]
+    return run.describe() | {
+        "command": "explain",
+        "identity": inquiry.identity,
+        "bundle": {"name": inquiry.bundle.name, "identity": inquiry.bundle.identity},
+        "feature_name": explanation.name,
+        "config": inquiry.config.to_json(),
+        "target": explanation.target,
+        "target_quantile": explanation.target_quantile,
+        "calibration": asdict(calibration) | {"source": "pool"},
+        "metrics": explanation.metrics,
+        "prior_check": {
+            "natural_mean": explanation.natural_mean,
+            "prior_mean": explanation.prior_mean,
+            "prior_mean_se": explanation.prior_mean_se,
+            "num": PRIOR_CHECK_NUM,
+        },
+        "warnings": list(explanation.warnings),
+        "notes": explanation.notes,
+        "failures": failures(tilt, run.plan),
+        "seconds": run.seconds | seconds,
+    }
