@@ -1,0 +1,131 @@
+"""`tiltscope doctor`: what this machine can run, what is missing, and which extra installs it. Changes nothing."""
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from tiltscope.engine.cli.common import Common
+from tiltscope.engine.cli.screen import printable, put_json, say, stage
+from tiltscope.engine.config import DTYPES, RUNNERS
+from tiltscope.engine.errors import TiltscopeError
+
+# What an import is called where it is not called as its distribution.
+MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "tensorrt-rtx-cu13": "tensorrt_rtx", "pyyaml": "yaml"}
+# Extras for developing tiltscope say nothing about what a machine can run.
+NOT_FOR_RUNNING = ("dev", "bench")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What this machine can run, what is missing, and which extra installs it."""
+
+    bundle: str = "emoji64"
+    """the bundle to verify: every file against its hash"""
+    common: Common
+
+
+def run(arguments: Arguments) -> int:
+    """Exit code 0 where `tiltscope explain` can run here, else 2 with what is in the way."""
+    with stage("looking at this machine; verifying the bundle", quiet=arguments.common.quiet):
+        report: dict[str, Any] = {
+            "ok": True,
+            "problems": [],
+            "versions": _versions(),
+            "machine": _machine(),
+            "bundle": _bundle(arguments.bundle),
+            "runners": [{"runner": name, "available": True} for name in RUNNERS],
+            "dtypes": list(DTYPES),
+            "extras": _extras(),
+        }
+    if report["bundle"]["problem"]:
+        report["problems"].append(report["bundle"]["problem"])
+    report["ok"] = not report["problems"]
+    if arguments.common.json:
+        put_json(report)
+    else:
+        _print(report)
+    for problem in report["problems"]:
+        say(f"tiltscope doctor: {printable(problem)}")
+    return 0 if report["ok"] else 2
+
+
+def _versions() -> dict[str, str | None]:
+    names = ("tiltscope", "torch", "numpy", "diffusers", "transformers", "safetensors", "pyarrow")
+    return {"python": platform.python_version()} | {name: _version(name) for name in names}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    return {
+        "system": platform.platform(terse=True),
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "memory_mib": _memory_mib(),
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
+
+
+def _memory_mib() -> int | None:
+    """Physical memory; None where the system does not tell."""
+    names: Any = getattr(os, "sysconf_names", {})
+    if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(names):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+
+
+def _bundle(name: str) -> dict[str, Any]:
+    """Every file of the bundle against its hash in bundle.json."""
+    from tiltscope.engine.bundle import load
+
+    try:
+        bundle = load(name)
+        num = bundle.verify()
+    except TiltscopeError as error:
+        return {"name": name, "path": None, "verified": False, "num_files": None, "problem": str(error)}
+    return {"name": name, "path": str(Path(bundle.path)), "verified": True, "num_files": num, "problem": None}
+
+
+def _extras() -> list[dict[str, Any]]:
+    """Every optional extra that adds something to run: what of it is missing, and the command that installs it."""
+    try:
+        requirements = metadata.requires("tiltscope") or []
+        extras = metadata.metadata("tiltscope").get_all("Provides-Extra") or []
+    except metadata.PackageNotFoundError:
+        return []
+    found: list[dict[str, Any]] = []
+    for extra in extras:
+        if extra in NOT_FOR_RUNNING:
+            continue
+        needs = [line for line in requirements if re.search(rf"extra == ['\"]{re.escape(extra)}['\"]", line)]
+        names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in needs]
+        missing = [name for name in names if util.find_spec(MODULES.get(name, name.replace("-", "_"))) is None]
+        found.append({"extra": extra, "missing": missing, "install": f"pip install 'tiltscope[{extra}]'"})
+    return found
+
+
+def _print(report: dict[str, Any]) -> None:
+    machine, bundle = report["machine"], report["bundle"]
+    print("versions   " + ", ".join(f"{name} {version or 'missing'}" for name, version in report["versions"].items()))
+    memory = "unknown" if machine["memory_mib"] is None else f"{machine['memory_mib'] / 1024:.1f} GiB"
+    print(f"machine    {machine['system']}, {machine['processors']} processors ({machine['instructions']}), {memory}")
+    print(f"threads    {machine['threads']} used by torch (OMP_NUM_THREADS changes that)")
+    print(f"gpu        {machine['cuda'] or 'none seen: everything runs on the CPU'}")
+    state = f"{bundle['num_files']} files verified, {bundle['path']}" if bundle["verified"] else "not usable"
+    print(f"bundle     {printable(bundle['name'])}: {state}")
+    print(f"runners    {', '.join(each['runner'] for each in report['runners'])}: available")
+    for extra in report["extras"]:
+        state = "installed" if not extra["missing"] else f"missing {', '.join(extra['missing'])}: {extra['install']}"
+        print(f"extra      {extra['extra']}: {state}")
