@@ -8,21 +8,21 @@ import shutil
 import tomllib
 from pathlib import Path
 
-FARM = Path("build/typed")
 
-
-def main() -> None:
-    """Remove the old farm and link every entry of every top room, so that a room never holds another room's folder."""
-    package_dir: dict[str, str] = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
-    rooms = {Path(folder) for folder in package_dir.values()}
-    shutil.rmtree(FARM, ignore_errors=True)
+def link(root: Path, farm: Path) -> None:
+    """Lay `farm` out anew: every entry of every room is a link, and no room holds another room's folder."""
+    package_dir: dict[str, str] = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-dir"
+    ]
+    rooms = {root / folder for folder in package_dir.values()}
+    shutil.rmtree(farm, ignore_errors=True)
     for package, folder in package_dir.items():
-        target = FARM.joinpath(*package.split("."))
+        target = farm.joinpath(*package.split("."))
         target.mkdir(parents=True, exist_ok=True)
-        for entry in sorted(Path(folder).iterdir()):
+        for entry in sorted((root / folder).iterdir()):
             if entry not in rooms and entry.name not in ("__pycache__", "bundles"):
                 (target / entry.name).symlink_to(entry.resolve())
 
 
 if __name__ == "__main__":
-    main()
+    link(Path.cwd(), Path("build/typed"))
