@@ -19,6 +19,7 @@ LIGHT = (
     "engine/config.py",
     "engine/cli",
     "engine/feature/address.py",
+    "engine/runtime/runners.py",
     "engine/_root",
 )
 # What an embedding without torch uses.

@@ -110,12 +110,12 @@ def test_the_error_tree_is_frozen() -> None:
     [
         "import tiltscope",
         "import tiltscope; tiltscope.errors.ConfigError",
-        "from tiltscope.engine.cli.main import run; run(['--help'])",
-        "from tiltscope.engine.cli.main import run; run(['explain', '--help'])",
-        "from tiltscope.engine.cli.main import run; run(['sample', '--nope'])",
-        "from tiltscope.engine.cli.main import run; run(['features', '--help'])",
-        "from tiltscope.engine.cli.main import run; run(['calibrate', '--help'])",
-        "from tiltscope.engine.cli.main import run; run(['doctor', '--help'])",
+        "from tiltscope.engine.cli.main import run; assert run(['--help']) == 0",
+        "from tiltscope.engine.cli.main import run; assert run(['explain', '--help']) == 0",
+        "from tiltscope.engine.cli.main import run; assert run(['sample', '--nope']) == 2",
+        "from tiltscope.engine.cli.main import run; assert run(['features', '--help']) == 0",
+        "from tiltscope.engine.cli.main import run; assert run(['calibrate', '--help']) == 0",
+        "from tiltscope.engine.cli.main import run; assert run(['doctor', '--help']) == 0",
     ],
 )
 def test_import_and_help_load_nothing_heavy(code: str) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from tiltscope.engine.cli.common import Common
 from tiltscope.engine.cli.screen import printable, put_json, say, stage
-from tiltscope.engine.config import DTYPES, RUNNERS
+from tiltscope.engine.config import DTYPES
 from tiltscope.engine.errors import TiltscopeError
+from tiltscope.engine.runtime.runners import runner_names
 
 # What an import is called where it is not called as its distribution.
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "tensorrt-rtx-cu13": "tensorrt_rtx", "pyyaml": "yaml"}
@@ -37,7 +38,7 @@ def run(arguments: Arguments) -> int:
             "versions": _versions(),
             "machine": _machine(),
             "bundle": _bundle(arguments.bundle),
-            "runners": [{"runner": name, "available": True} for name in RUNNERS],
+            "runners": [{"runner": name, "available": True} for name in runner_names()],
             "dtypes": list(DTYPES),
             "extras": _extras(),
         }
