@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tiltscope.engine.errors import BundleError, ConfigError
@@ -16,6 +15,7 @@ from tiltscope.engine.feature.address import DEFAULT_POOLING
 from tiltscope.engine.feature.poolings import pooling_tensors
 from tiltscope.engine.feature.readout import Readout, pool_latents
 from tiltscope.engine.feature.trunk import TruncatedViT
+from tiltscope.engine.files import read_tensors
 
 CHUNK = 512  # latents at a time: [64, 512, 69] float32 is 9 MB
 
@@ -64,13 +64,12 @@ class SparseAutoencoder:
 
 def load_sae(path: Path) -> SparseAutoencoder:
     """encoder.weight, encoder.bias, threshold of a safetensors file, as float32; no decoder. Raises BundleError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            weight, bias, threshold = (
-                file.get_tensor(name).to(torch.float32) for name in ("encoder.weight", "encoder.bias", "threshold")
-            )
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
+    names = ("encoder.weight", "encoder.bias", "threshold")
+    found = read_tensors(path, names)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise BundleError(f"{path} holds no tensor {missing[0]!r}; a sparse autoencoder needs {', '.join(names)}")
+    weight, bias, threshold = (found[name] for name in names)
     if weight.ndim != 2 or bias.shape != weight.shape[:1] or threshold.shape != bias.shape:
         raise BundleError(
             f"{path}: encoder.weight {list(weight.shape)}, encoder.bias {list(bias.shape)} and threshold "

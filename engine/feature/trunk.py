@@ -4,18 +4,17 @@ Knows transformers' folder format; must not know features, bundles or sampling.
 """
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.feature.vit import Block, Embeddings, ViTConfig, rope_tables
+from tiltscope.engine.files import read_json, read_tensors
 
 WEIGHTS = "model.safetensors"
 
@@ -113,17 +112,6 @@ def num_blocks_before(hook: str, config: ViTConfig) -> int:
     raise ConfigError(f"hook {hook!r} is not in this trunk; allowed: blocks.0 to blocks.{total}, norm")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises BundleError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise BundleError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
 def load_trunk(folder: Path, hook: str, *, image_size: tuple[int, int] | None = None) -> TruncatedViT:
     """Build the trunk of a transformers DINOv3ViTModel folder up to `hook`, float32, on the CPU, in eval mode.
 
@@ -134,7 +122,10 @@ def load_trunk(folder: Path, hook: str, *, image_size: tuple[int, int] | None = 
     mean, std = _normalisation(read_json(folder / "preprocessor_config.json"), folder)
     with torch.device("meta"):  # no random initialisation: nothing to throw away, and no draw from the global generator
         trunk = TruncatedViT(config, hook, mean=mean, std=std, image_size=image_size)
-    weights = _read_weights(folder / WEIGHTS, set(trunk.state_dict()))
+    wanted = set(trunk.state_dict())
+    # transformers' files name blocks `layer.N`, or `model.layer.N` where they were written from memory.
+    found = read_tensors(folder / WEIGHTS, wanted | {f"model.{name}" for name in wanted})
+    weights = {name.removeprefix("model."): tensor for name, tensor in found.items()}
     try:
         trunk.load_state_dict(weights, assign=True)
     except RuntimeError as error:
@@ -152,13 +143,3 @@ def _normalisation(config: Mapping[str, Any], folder: Path) -> tuple[tuple[float
             raise BundleError(f"{folder / 'preprocessor_config.json'}: {name} must be three numbers, got {values!r}")
         found.append(tuple(float(v) for v in values))
     return found[0], found[1]
-
-
-def _read_weights(path: Path, wanted: set[str]) -> dict[str, Tensor]:
-    """The wanted tensors, float32. transformers' files name blocks `layer.N` (on disk) or `model.layer.N` (in memory)."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = {name.removeprefix("model."): name for name in file.keys()}  # noqa: SIM118  (not a dict: it has no iterator)
-            return {short: file.get_tensor(names[short]).to(torch.float32) for short in wanted & set(names)}
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
