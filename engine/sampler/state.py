@@ -181,7 +181,9 @@ def tick(state: SlotState, programme: Programme) -> tuple[SlotState, Observation
         state.particle,
     )
     active = state.row < programme.num_rows[state.plan]
-    ok = state.ok & (moved.finite | ~active)
+    # A drive that is not a number has a gradient of 0 or anything: it counts as a failure of its own.
+    sound = moved.finite & (torch.isfinite(drive) | ~guided)
+    ok = state.ok & (sound | ~active)
     advance = active & ok
     here = _per_slot(advance, state.x)
     after = replace(
