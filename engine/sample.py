@@ -217,7 +217,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
     config = config.resolved()
     dtype = DTYPES[config.dtype]
     prior, feature = prior.to(dtype), feature.to(dtype)
-    check_denoise(prior, dtype)
+    check_denoise(prior, dtype, guided=config.lam != 0)
     check_activation(feature, prior.shape, dtype)
     plan = make_plan(
         config.solver,
@@ -294,7 +294,9 @@ def _strength(
     if isinstance(config.lam, tuple):
         return dict(zip(config.all_indices, config.lam, strict=True)), None
     if config.lam is not None:
-        return config.lam, None if natural is None else estimates(natural, config.lam, log_tilt=log_tilt)
+        # lam = 0 asks nothing of the feature, not even that it varies.
+        silent = natural is None or (config.lam == 0 and np.ptp(natural) == 0)
+        return config.lam, None if silent else estimates(natural, config.lam, log_tilt=log_tilt)
     found = calibrate(natural, config.target_activation, log_tilt=log_tilt)
     if not found.feasible:
         raise CalibrationError(found.reason)

@@ -14,8 +14,16 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Shapes and types in signatures are checked while tests run; sample() itself answers a wrong type with its own message.
+CHECKED = (
+    "tiltscope.kernels",
+    *(f"tiltscope.engine.{room}" for room in ("sampler", "tilt", "prior", "feature", "runtime")),
+)
+install_import_hook(CHECKED, "beartype.beartype")
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
