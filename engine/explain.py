@@ -23,6 +23,7 @@ from tiltscope.engine.choice import parse_choice
 from tiltscope.engine.config import ExplainConfig, SampleConfig
 from tiltscope.engine.errors import CalibrationError
 from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.report.metrics import measure, prior_warning
 from tiltscope.engine.sample import (
     CALIBRATION_BATCH,
@@ -180,6 +181,7 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None) -> Explanation:
                 log_tilt=run.programme.log_tilts[0],
                 tilt=inquiry.calibration,
                 seconds=seconds[name],
+                members=hard.members if name == "hard" else None,
             )
             for name, each in answers.items()
         }
@@ -276,7 +278,7 @@ def _heat(feature: Feature, samples: Samples) -> torch.Tensor | None:
 def _manifest(inquiry: Inquiry, explanation: Explanation, seconds: dict[str, float]) -> dict[str, Any]:
     run, calibration = inquiry.run, inquiry.calibration
     tilt = explanation.answers["tilt"]
-    return run.describe() | {
+    facts = run.describe() | {
         "command": "explain",
         "identity": inquiry.identity,
         "bundle": {"name": inquiry.bundle.name, "identity": inquiry.bundle.identity},
@@ -297,3 +299,4 @@ def _manifest(inquiry: Inquiry, explanation: Explanation, seconds: dict[str, flo
         "failures": failures(tilt, run.plan),
         "seconds": run.seconds | seconds,
     }
+    return complete(facts)

@@ -21,6 +21,7 @@ from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import CalibrationError, ConfigError, NonFiniteError
 from tiltscope.engine.feature.feature import Feature, check_activation
 from tiltscope.engine.prior.prior import Prior, check_denoise
+from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.runtime.runners import step_for
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.sampler.plan import GraphKind, Plan, make_plan
@@ -134,6 +135,7 @@ class Run:
             for name in ("log_z", "kl", "ess")
         }
         return {
+            "command": "sample",
             "identity": self.identity,
             "prior": self.prior.identity,
             "feature": self.feature.name,
@@ -205,7 +207,8 @@ def sample(
     samples = join(run.draw(on_step=on_step))
     check_any_finite(samples, run.plan)
     seconds = run.seconds | {"sampling": time.perf_counter() - started}
-    return replace(samples, manifest=run.describe() | {"seconds": seconds, "failures": failures(samples, run.plan)})
+    facts = run.describe() | {"seconds": seconds, "failures": failures(samples, run.plan)}
+    return replace(samples, manifest=complete(facts))
 
 
 def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
