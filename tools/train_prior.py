@@ -55,9 +55,9 @@ class Config:
     minutes: float = 480.0
     threads: int = 1
     seed: int = 0
-    batch: int = 32
+    batch: int = 16  # a step's cost is linear in it, and few thousand steps are limited by their number, not by noise
     peak_lr: float = 1e-3
-    warmup: int = 100
+    warmup: int = 200
     ema: float = 0.999
     weight_cap: float = 20.0
     gradient_weight: float = 0.25

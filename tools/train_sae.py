@@ -54,11 +54,11 @@ class Config:
     seed: int = 0
     num_latents: int = 2048
     k: int = 20
-    batch: int = 2048
-    views: int = 3
+    batch: int = 1024
+    views: int = 2
     peak_lr: float = 1e-3
     warmup: int = 50
-    dead_after: int = 200_000
+    dead_after: int = 100_000
     aux_k: int = 64
     aux_weight: float = 1 / 32
     max_steps: int = 10**9
