@@ -1,8 +1,9 @@
-"""Reading JSON and safetensors: everything that can be wrong with a file is a BundleError that names it."""
+"""Reading files: JSON, safetensors, and folders with hashes. Whatever is wrong with a file is a BundleError that names it."""
 
+import hashlib
 import json
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -34,3 +35,68 @@ def read_tensors(
             return {name: file.get_tensor(name).to(dtype) for name in sorted(wanted)}
     except (OSError, SafetensorError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
+
+
+class VerifiedFolder:
+    """A folder whose description holds size and sha256 of every file; each file is checked when it is first asked for.
+
+    table: {relative path: {"sha256": 64 hex digits, "bytes": size}}. Only listed files are ever read.
+    Raises BundleError for an entry that leaves the folder, and (on reading) for a file that is missing, truncated or changed.
+    """
+
+    def __init__(self, folder: Path, table: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._table: dict[str, tuple[str, int]] = {}
+        self._checked: set[str] = set()
+        for name, entry in table.items():
+            pure = PurePosixPath(name)
+            if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or not pure.parts:
+                raise BundleError(
+                    f"{folder}: file name {name!r} leaves the folder; only relative paths inside it are allowed"
+                )
+            digest, size = (entry.get("sha256"), entry.get("bytes")) if isinstance(entry, dict) else (None, None)
+            if not isinstance(digest, str) or not isinstance(size, int):
+                raise BundleError(f"{folder}: the entry of {name!r} must have sha256 and bytes, got {entry!r}")
+            self._table[str(pure)] = (digest, size)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._table)
+
+    def digest(self, *parts: str) -> str:
+        """The sha256 that the description gives for a file."""
+        return self._table[str(PurePosixPath(*parts))][0]
+
+    def file(self, *parts: str) -> Path:
+        """The checked file at parts joined by /."""
+        name = str(PurePosixPath(*parts))
+        if name not in self._table:
+            raise BundleError(f"{self.folder}: {name} is not listed in its description, so it is not read")
+        path = self.folder / name
+        if name not in self._checked:
+            self._check(path, name)
+            self._checked.add(name)
+        return path
+
+    def subfolder(self, path: str, names: Iterable[str]) -> Path:
+        """The folder `path`, the files that will be read there checked first."""
+        for name in names:
+            self.file(path, name)
+        return self.folder / path
+
+    def _check(self, path: Path, name: str) -> None:
+        digest, size = self._table[name]
+        try:
+            if not path.resolve(strict=True).is_relative_to(self.folder.resolve(strict=True)):
+                raise BundleError(f"{path} is a link that leaves the folder; replace it by the file itself")
+            with path.open("rb") as file:
+                found_size = path.stat().st_size
+                found = hashlib.file_digest(file, "sha256").hexdigest() if found_size == size else ""
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error}") from error
+        if found_size != size:
+            raise BundleError(f"{path} has {found_size} bytes instead of {size}; fetch the bundle again")
+        if found != digest:
+            raise BundleError(
+                f"{path} is damaged: its sha256 is not the one in the description; fetch the bundle again"
+            )

@@ -16,7 +16,8 @@ from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.feature.vit import Block, Embeddings, ViTConfig, rope_tables
 from tiltscope.engine.files import read_json, read_tensors
 
-WEIGHTS = "model.safetensors"
+CONFIG, WEIGHTS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
+FILES = (CONFIG, WEIGHTS, PREPROCESSOR)
 
 
 class TruncatedViT(nn.Module):
@@ -118,8 +119,8 @@ def load_trunk(folder: Path, hook: str, *, image_size: tuple[int, int] | None = 
     folder holds config.json, preprocessor_config.json (image_mean, image_std) and model.safetensors (any floating dtype).
     image_size: the pictures' (h, w); default the config's. Raises BundleError (files), ConfigError (hook).
     """
-    config = ViTConfig.from_json(read_json(folder / "config.json"))
-    mean, std = _normalisation(read_json(folder / "preprocessor_config.json"), folder)
+    config = ViTConfig.from_json(read_json(folder / CONFIG))
+    mean, std = _normalisation(read_json(folder / PREPROCESSOR), folder)
     with torch.device("meta"):  # no random initialisation: nothing to throw away, and no draw from the global generator
         trunk = TruncatedViT(config, hook, mean=mean, std=std, image_size=image_size)
     wanted = set(trunk.state_dict())

@@ -1,0 +1,303 @@
+"""A bundle: one folder with a prior, a trunk, an autoencoder, natural pictures and what is known about them.
+
+bundle.json describes it; only files whose hash it holds are read, checked the first time. No pickle, no code of the folder.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from importlib.resources import files
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tiltscope.engine.errors import BundleError, ConfigError
+from tiltscope.engine.feature.address import FeatureAddress, parse
+from tiltscope.engine.feature.direction import load_direction
+from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.feature.poolings import pooling_tensors
+from tiltscope.engine.feature.readout import Readout
+from tiltscope.engine.feature.sae import SparseAutoencoder, load_sae
+from tiltscope.engine.feature.trunk import FILES as TRUNK_FILES
+from tiltscope.engine.feature.trunk import TruncatedViT, load_trunk
+from tiltscope.engine.files import VerifiedFolder, read_json
+from tiltscope.engine.pool import Pool
+from tiltscope.engine.prior.load import FILES as PRIOR_FILES
+from tiltscope.engine.prior.load import load_denoiser
+from tiltscope.engine.prior.prior import Prior
+
+if TYPE_CHECKING:
+    from tiltscope.engine.report.evaluator import Evaluator
+
+SCHEMA_VERSION = 1
+DESCRIPTION = "bundle.json"
+TRUNK_KINDS = ("dinov3_vit",)
+SAE_KINDS = ("jumprelu",)
+EVALUATOR_FILES = ("model.safetensors",)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class FeatureInfo:
+    """What a bundle knows about one of its features, measured on the pool."""
+
+    feature: str
+    """its address"""
+    name: str | None
+    """what it is called; None: unnamed"""
+    name_source: str | None
+    """where the name comes from"""
+    density: float
+    """share of the pool's pictures on which it fires"""
+    max: float
+    """largest activation on the pool"""
+    selectivity: float
+    """mean z-score on the pictures that fire it most"""
+    words: tuple[str, ...]
+    """words its strongest pictures share"""
+    alive: bool
+    """whether any picture of the pool fires it"""
+
+
+class Bundle:
+    """What `tiltscope.load` returns. Everything heavy is read on first use and then kept.
+
+    name, path, meta (bundle.json), identity ("sha256:" of bundle.json, which holds the hashes of all files)
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises BundleError where bundle.json is missing, unreadable, of another schema or incomplete."""
+        self.path = path
+        self.meta = read_json(path / DESCRIPTION)
+        version = self.meta.get("schema_version")
+        if version != SCHEMA_VERSION or isinstance(version, bool):
+            raise BundleError(
+                f"{path / DESCRIPTION}: schema_version {version!r} is not known; allowed: {SCHEMA_VERSION}"
+            )
+        self.identity = "sha256:" + hashlib.sha256((path / DESCRIPTION).read_bytes()).hexdigest()
+        self.name: str = self._get(self.meta, "name", str)
+        self.files = VerifiedFolder(path, self._get(self.meta, "files", dict))
+        self._trunks: dict[str, TruncatedViT] = {}
+        self._features: dict[str, Feature] = {}
+
+    def __repr__(self) -> str:
+        return f"Bundle({self.name!r}, path={str(self.path)!r})"
+
+    def _get(self, section: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
+        value = section.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise BundleError(f"{self.path / DESCRIPTION}: {key} must be a {kind.__name__}, got {value!r}")
+        return value
+
+    def verify(self) -> int:
+        """Check every file against its hash; the number of files. Raises BundleError naming the first that is wrong."""
+        for name in self.files.names:
+            self.files.file(name)
+        return len(self.files.names)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """[channel, height, width] of a sample."""
+        shape = self._get(self._get(self.meta, "prior", dict), "shape", list)
+        if len(shape) != 3 or not all(isinstance(s, int) and s > 0 for s in shape):
+            raise BundleError(
+                f"{self.path / DESCRIPTION}: prior.shape must be three positive whole numbers, got {shape}"
+            )
+        return tuple(shape)
+
+    @cached_property
+    def prior(self) -> Prior:
+        """The bundle's prior, float32. Raises BundleError."""
+        section = self._get(self.meta, "prior", dict)
+        path = self._get(section, "path", str)
+        denoiser = load_denoiser(
+            self.files.subfolder(path, PRIOR_FILES),
+            kind=self._get(section, "kind", str),
+            shape=self.shape,
+            pixel_unshuffle=self._get(section, "pixel_unshuffle", int),
+        )
+        weights = self.files.digest(path, PRIOR_FILES[1])
+        return Prior.from_network(
+            denoiser, shape=self.shape, name=self.name, identity=f"sha256:{weights}", pool=self.pool
+        )
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The natural pictures."""
+        section = self._get(self.meta, "pool", dict)
+        return Pool(
+            self.files,
+            self._get(section, "path", str),
+            num=self._get(section, "num", int),
+            shape=self.shape,
+            hooks=self.sae_hooks,
+        )
+
+    @property
+    def sae_hooks(self) -> tuple[str, ...]:
+        """The hooks that have a sparse autoencoder."""
+        return tuple(self._get(section, "hook", str) for section in self._get(self.meta, "saes", list))
+
+    def trunk(self, hook: str) -> TruncatedViT:
+        """The trunk up to `hook`, float32; the same object each time. Raises ConfigError for a hook it does not have."""
+        if hook not in self._trunks:
+            section = self._get(self.meta, "trunk", dict)
+            kind = self._get(section, "kind", str)
+            if kind not in TRUNK_KINDS:
+                raise BundleError(
+                    f"{self.path / DESCRIPTION}: trunk kind {kind!r} is not known; allowed: {', '.join(TRUNK_KINDS)}"
+                )
+            folder = self.files.subfolder(self._get(section, "path", str), TRUNK_FILES)
+            self._trunks[hook] = load_trunk(folder, hook, image_size=(self.shape[1], self.shape[2]))
+        return self._trunks[hook]
+
+    @cached_property
+    def _saes(self) -> dict[str, SparseAutoencoder]:
+        return {}
+
+    def sae(self, hook: str) -> SparseAutoencoder:
+        """The sparse autoencoder at `hook`. Raises ConfigError where there is none."""
+        if hook not in self.sae_hooks:
+            raise ConfigError(
+                f"bundle {self.name} has no sparse autoencoder at {hook!r}; allowed: {', '.join(self.sae_hooks)}"
+            )
+        if hook not in self._saes:
+            section = self.meta["saes"][self.sae_hooks.index(hook)]
+            kind = self._get(section, "kind", str)
+            if kind not in SAE_KINDS:
+                raise BundleError(
+                    f"{self.path / DESCRIPTION}: sae kind {kind!r} is not known; allowed: {', '.join(SAE_KINDS)}"
+                )
+            sae = load_sae(self.files.file(self._get(section, "path", str), "sae.safetensors"))
+            if sae.weight.shape[1] != self.trunk(hook).width:
+                raise BundleError(
+                    f"the autoencoder of {hook} reads {sae.weight.shape[1]} channels, the trunk has {self.trunk(hook).width}"
+                )
+            self._saes[hook] = sae
+        return self._saes[hook]
+
+    def feature(self, text: str) -> Feature:
+        """The feature HOOK:KIND:INDEX[@POOLING]; the same object each time (a direction's file is read anew).
+
+        Raises ConfigError where the text is not of that form, or a hook, latent, channel, position or file is not there.
+        """
+        address = parse(text)
+        key = str(address)
+        if address.kind == "direction":
+            return self._build(address)
+        if key not in self._features:
+            self._features[key] = self._build(address)
+        return self._features[key]
+
+    def _build(self, address: FeatureAddress) -> Feature:
+        trunk = self.trunk(address.hook)
+        identity = str(address)
+        if isinstance(address.index, str):
+            direction, digest = load_direction(address.index, width=trunk.width)
+            identity = f"{address.hook}:direction:sha256:{digest}@{address.pooling}"
+            readout = _linear_readout(direction, trunk, address.pooling)
+        elif address.kind == "sae":
+            sae = self.sae(address.hook)
+            sae.check_index(address.index, address.hook)
+            readout = sae.readout(slice(address.index, address.index + 1), trunk, pooling=address.pooling)
+        else:
+            if address.index >= trunk.width:
+                raise ConfigError(f"channel {address.index} is not in the trunk; allowed: 0 to {trunk.width - 1}")
+            unit = torch.zeros(trunk.width)
+            unit[address.index] = 1.0
+            readout = _linear_readout(unit, trunk, address.pooling)
+        return Feature.from_readout(
+            trunk, readout, name=str(address), identity=identity, terms=[(1.0, address)], pool=self.pool
+        )
+
+    @cached_property
+    def _infos(self) -> tuple[FeatureInfo, ...]:
+        infos: list[FeatureInfo] = []
+        for section in self._get(self.meta, "saes", list):
+            path = self.files.file(self._get(section, "path", str), "features.parquet")
+            for row in pq.read_table(path).to_pylist():
+                missing = [each.name for each in fields(FeatureInfo) if each.name not in row]
+                if missing:
+                    raise BundleError(f"{path} lacks the column {missing[0]!r}")
+                known = {each.name: row[each.name] for each in fields(FeatureInfo)}
+                infos.append(FeatureInfo(**known | {"words": tuple(row["words"])}))
+        return tuple(infos)
+
+    def features(self) -> list[FeatureInfo]:
+        """Every latent that the bundle has measured, in index order."""
+        return list(self._infos)
+
+    def label(self, feature: Feature) -> str | None:
+        """The name of a single latent of this bundle, whatever its pooling; None where it has none."""
+        if feature.address is None or feature.pool is not self.pool:
+            return None
+        return self._names.get(f"{feature.address.hook}:{feature.address.kind}:{feature.address.index}")
+
+    @cached_property
+    def _names(self) -> dict[str, str | None]:
+        return {info.feature: info.name for info in self._infos}
+
+    def evaluator(self) -> "Evaluator":
+        """The network that judges and never guides. Raises BundleError where the bundle has none."""
+        return self._evaluator
+
+    @cached_property
+    def _evaluator(self) -> "Evaluator":
+        from tiltscope.engine.report.evaluator import load_evaluator
+
+        section = self._get(self.meta, "evaluator", dict)
+        return load_evaluator(self.files.subfolder(self._get(section, "path", str), EVALUATOR_FILES))
+
+    def latents(self, x0: Float[Tensor, "batch 3 height width"], hook: str) -> Float[Tensor, "batch latents"]:
+        """Pooled (centre) activations of ALL latents of the hook's autoencoder, float32, by the code that sampling runs."""
+        trunk = self.trunk(hook)
+        with torch.no_grad():
+            return self.sae(hook).latents(trunk(x0), trunk)
+
+
+def _linear_readout(direction: Float[Tensor, "width"], trunk: TruncatedViT, pooling: str | None) -> Readout:
+    """One row without bias or threshold: drive and activation are the same."""
+    mixture, mask = pooling_tensors(pooling, grid=trunk.grid, num_prefix_tokens=trunk.num_prefix_tokens)
+    return Readout(
+        direction=direction.view(1, 1, -1),
+        bias=torch.zeros(1, 1),
+        threshold=torch.full((1, 1), float("-inf")),
+        weight=torch.ones(1, 1),
+        pooling=mixture.view(1, 1, 3),
+        mask=mask.view(1, 1, -1),
+    )
+
+
+def embedded_bundles() -> dict[str, Path]:
+    """Name -> folder of the bundles that ship in the package."""
+    folder = Path(str(files("tiltscope"))) / "bundles"
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: path for path in found if (path / DESCRIPTION).is_file()}
+
+
+def load(name_or_folder: str | PathLike[str]) -> Bundle:
+    """Open a bundle: an embedded one by its name, or a folder. Nothing but bundle.json is read yet.
+
+    Raises ConfigError where there is no such bundle, BundleError where the folder is not one.
+    """
+    if not isinstance(name_or_folder, str | PathLike):
+        raise ConfigError(f"a bundle is a name or a folder, got {type(name_or_folder).__name__}")
+    text, embedded = fspath(name_or_folder), embedded_bundles()
+    if isinstance(name_or_folder, str) and text in embedded:
+        return Bundle(embedded[text])
+    if text and Path(text).is_dir():
+        return Bundle(Path(text))
+    hint = (
+        " (bundles cannot be fetched from a hub yet: download it and give its folder)"
+        if _HUB_ID.fullmatch(text)
+        else ""
+    )
+    allowed = ", ".join(embedded) or "none is embedded here"
+    raise ConfigError(f"bundle {text!r} is not known{hint}; allowed: {allowed}, or a folder that holds {DESCRIPTION}")
