@@ -62,31 +62,29 @@ def test_the_flow_never_forgets_its_start_and_ancestral_sampling_does() -> None:
 
 
 def test_the_recursion_is_what_rows_do_to_samples() -> None:
-    # Every coefficient at work, in each graph kind: random rows against 200,000 draws through the same formula.
+    # Every coefficient at work, in each graph kind. A sample is a sum over the independent noises it has met: follow the
+    # coefficients of (1, x_T, z_0, z_1, ...) through the rows as a sampler would run them.
     rng = np.random.default_rng(0)
-    thetas = np.linspace(1.4, 0.1, 6)
-    table = rng.uniform(-0.7, 0.7, (6, len(COLUMNS)))
+    num = 6
+    thetas = np.linspace(1.4, 0.1, num)
+    table = rng.uniform(-1, 1, (num, len(COLUMNS)))
     table[:, 0], table[:, 1] = np.sin(thetas), np.cos(thetas)
     kind = np.array([1, 0, 2, 1, 0, 1], np.int8)
     table[kind == GraphKind.UNGUIDED, 6] = table[kind == GraphKind.UNGUIDED, 9] = 0
-    plan = Plan(table=table, kind=kind, thetas=np.append(thetas, 0.0))
-    num = 200_000
-    x, history = rng.normal(size=(num, 2)), np.zeros((num, 2))
-    for (sigma, alpha, a, b, c, d, e, p, q, f, r), graph in zip(table, kind, strict=True):
-        k = alpha * WORLD.s**2 / (alpha**2 * WORLD.s**2 + sigma**2)
-        grad_a = np.outer(np.full(num, 1.0 if graph == GraphKind.TRUNK_ONLY else k), WORLD.u)
+    one, start, *noises = np.eye(2 + num)
+    x, history = start, np.zeros(2 + num)
+    for (sigma, alpha, a, b, c, d, e, p, q, f, r), graph, z in zip(table, kind, noises, strict=True):
+        posterior = 1 / (1 / WORLD.s**2 + (alpha / sigma) ** 2)  # variance of x0 given x
+        x0_hat = posterior * alpha / sigma**2 * x
+        grad_a = 1.0 if graph == GraphKind.TRUNK_ONLY else posterior * alpha / sigma**2
         x, history = (
-            a * x + b * k * x + e * LAM * grad_a + c * rng.normal(size=x.shape) + d * history,
-            p * x + q * k * x + f * LAM * grad_a + r * history,
+            a * x + b * x0_hat + e * LAM * grad_a * one + c * z + d * history,
+            p * x + q * x0_hat + f * LAM * grad_a * one + r * history,
         )
-    along = x @ WORLD.u
-    across = x @ np.array([WORLD.u[1], -WORLD.u[0]])
+    plan = Plan(table=table, kind=kind, thetas=np.append(thetas, 0.0))
     exact = discrete_moments(plan, LAM, WORLD.s)
-    spread = np.sqrt(exact.variance / num)
-    assert abs(along.mean() - exact.mean) < 4 * spread
-    assert abs(across.mean()) < 4 * spread
-    for part in (along, across):
-        assert part.var() == pytest.approx(exact.variance, rel=4 * np.sqrt(2 / num))
+    assert exact.mean == pytest.approx(x @ one, rel=1e-12)
+    assert exact.variance == pytest.approx(x @ x - (x @ one) ** 2, rel=1e-12)
 
 
 def test_the_denoiser_is_the_posterior_mean() -> None:
