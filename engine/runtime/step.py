@@ -10,7 +10,7 @@ rows, plans or seeds.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64
@@ -30,6 +30,7 @@ class StepOutput(NamedTuple):
     grad_a: Float[Tensor, "batch ..."]
 
 
+@runtime_checkable
 class Step(Protocol):
     """What a runner provides: the two graphs of a row, and the feature's reading of a finished picture.
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from math import acos, cos, log, sin, sqrt, tan
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,7 @@ class Plan:
         return self.table[:, COLUMNS.index(name)]
 
 
+@runtime_checkable
 class Solver(Protocol):
     """How a solver turns noise angles into rows."""
 
