@@ -76,7 +76,7 @@ class TruncatedViT(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embeddings.cls_token.dtype
 
-    def forward(self, x0: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens width"]:
+    def forward(self, x0: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens channel"]:
         if x0.ndim != 4 or x0.shape[1:] != (3, *self.image_size):
             raise ConfigError(
                 f"the trunk reads pictures [batch, 3, {self.image_size[0]}, {self.image_size[1]}]; got {list(x0.shape)}"

@@ -66,7 +66,7 @@ def load_unet2d(folder: Path, shape: tuple[int, ...], pixel_unshuffle: int) -> n
     unet.time_proj = TimeEmbedding(
         unet.config.block_out_channels[0],
         flip_sin_to_cos=unet.config.flip_sin_to_cos,
-        downscale_freq_shift=unet.config.freq_shift,
+        downscale_freq_shift=float(unet.config.freq_shift),
     )
     try:
         unet.load_state_dict(read_tensors(folder / WEIGHTS), assign=True)
