@@ -15,9 +15,16 @@ from tiltscope.engine.errors import TiltscopeError
 from tiltscope.engine.runtime.runners import runner_names
 
 # What an import is called where it is not called as its distribution.
-MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "tensorrt-rtx-cu13": "tensorrt_rtx", "pyyaml": "yaml"}
-# Extras for developing tiltscope say nothing about what a machine can run.
-NOT_FOR_RUNNING = ("dev", "bench")
+MODULES = {"tensorrt-rtx-cu13": "tensorrt_rtx"}
+# Every runner there is a name for, and the extra that brings what it needs.
+RUNNERS = {
+    "torch": None,
+    "compile": None,
+    "onnx": "onnx",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +45,8 @@ def run(arguments: Arguments) -> int:
             "versions": _versions(),
             "machine": _machine(),
             "bundle": _bundle(arguments.bundle),
-            "runners": [{"runner": name, "available": True} for name in runner_names()],
+            "runners": [_runner(name) for name in dict.fromkeys((*RUNNERS, *runner_names()))],
             "dtypes": list(DTYPES),
-            "extras": _extras(),
         }
     if report["bundle"]["problem"]:
         report["problems"].append(report["bundle"]["problem"])
@@ -99,22 +105,25 @@ def _bundle(name: str) -> dict[str, Any]:
     return {"name": name, "path": str(Path(bundle.path)), "verified": True, "num_files": num, "problem": None}
 
 
-def _extras() -> list[dict[str, Any]]:
-    """Every optional extra that adds something to run: what of it is missing, and the command that installs it."""
-    try:
-        requirements = metadata.requires("tiltscope") or []
-        extras = metadata.metadata("tiltscope").get_all("Provides-Extra") or []
-    except metadata.PackageNotFoundError:
-        return []
-    found: list[dict[str, Any]] = []
-    for extra in extras:
-        if extra in NOT_FOR_RUNNING:
-            continue
-        needs = [line for line in requirements if re.search(rf"extra == ['\"]{re.escape(extra)}['\"]", line)]
-        names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in needs]
-        missing = [name for name in names if util.find_spec(MODULES.get(name, name.replace("-", "_"))) is None]
-        found.append({"extra": extra, "missing": missing, "install": f"pip install 'tiltscope[{extra}]'"})
-    return found
+def _runner(name: str) -> dict[str, Any]:
+    """Whether a runner can be asked for here; if not, what is missing and the command that installs it."""
+    extra = RUNNERS.get(name)
+    built = name in runner_names()
+    missing = [] if extra is None else _missing(extra)
+    return {
+        "runner": name,
+        "in_this_version": built,
+        "available": built and not missing,
+        "missing": missing if built else [],
+        "install": f"pip install 'tiltscope[{extra}]'" if built and missing else None,
+    }
+
+
+def _missing(extra: str) -> list[str]:
+    """Distributions of an extra that cannot be imported here."""
+    needs = [line for line in metadata.requires("tiltscope") or [] if re.search(rf"extra == ['\"]{extra}['\"]", line)]
+    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in needs]
+    return [name for name in names if util.find_spec(MODULES.get(name, name.replace("-", "_"))) is None]
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -126,7 +135,11 @@ def _print(report: dict[str, Any]) -> None:
     print(f"gpu        {machine['cuda'] or 'none seen: everything runs on the CPU'}")
     state = f"{bundle['num_files']} files verified, {bundle['path']}" if bundle["verified"] else "not usable"
     print(f"bundle     {printable(bundle['name'])}: {state}")
-    print(f"runners    {', '.join(each['runner'] for each in report['runners'])}: available")
-    for extra in report["extras"]:
-        state = "installed" if not extra["missing"] else f"missing {', '.join(extra['missing'])}: {extra['install']}"
-        print(f"extra      {extra['extra']}: {state}")
+    for each in report["runners"]:
+        if each["available"]:
+            state = "available"
+        elif each["in_this_version"]:
+            state = f"missing {', '.join(each['missing'])}: {each['install']}"
+        else:
+            state = "not part of this version"
+        print(f"runner     {each['runner']}: {state}")

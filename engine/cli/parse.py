@@ -61,7 +61,10 @@ _WORDING = (
     (re.compile(r"^Missing from .*?: (.+?) \(required\)$"), r"\1 is missing"),
     (re.compile(r"^Missing value for argument '(\S+)'.*$"), r"\1: a value is missing"),
     (re.compile(r"^Unrecognized options: (.+)$"), r"got \1, which is not an option here"),
-    (re.compile(r"^invalid choice ('.*') for argument '--(\S+)'\. Expected one of \((.*)\)\.$"), r"\2: got \1, allowed are \3"),
+    (
+        re.compile(r"^invalid choice ('.*') for argument '--(\S+)'\. Expected one of \((.*)\)\.$"),
+        r"\2: got \1, allowed are \3",
+    ),
 )
 
 

@@ -1,8 +1,10 @@
 """`tiltscope sample FEATURE`: one distribution, streamed to disk bucket by bucket; the same command continues a stopped run."""
 
+import contextlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -31,30 +33,48 @@ def run(arguments: Arguments) -> None:
     with stage("loading torch and the models", quiet=quiet):
         from tiltscope.engine.bundle import load
         from tiltscope.engine.report.writer import SampleWriter
-        from tiltscope.engine.sample import prepare
+        from tiltscope.engine.sample import check_any_finite, prepare
 
         bundle = load(arguments.bundle)
         drawing = prepare(bundle.prior, bundle.feature(arguments.feature), arguments.config)
     out = arguments.out or Path(f"tiltscope-{drawing.identity[:8]}")
     writer = SampleWriter(out, drawing.identity)
+    manifest: dict[str, Any] = drawing.describe() | {
+        "bundle": {"name": bundle.name, "identity": bundle.identity},
+        "feature_name": bundle.label(drawing.feature),
+    }
     wanted = drawing.config.all_indices
-    before = writer.finished() & set(wanted)
-    kept = len(before)
-    going_on = f"{out}; the same command continues"
+    there = sum(index in writer.finished() for index in wanted)
+    drawn, started = 0, time.perf_counter()
+    first = None
     try:
         with stage("drawing", quiet=quiet) as tracker:
-            on_step = follow(tracker, drawing, len(wanted), finished=len(before))
-            for chunk in drawing.draw(skip=before, on_step=on_step):
+            on_step = follow(tracker, drawing, len(wanted), finished=there)
+            for chunk in drawing.draw(skip=writer.finished(), on_step=on_step):
                 with interrupts_wait():
                     writer.add(chunk)
-                    kept += len(chunk)
+                    drawn += len(chunk)
+                first = first or chunk
+        seconds = drawing.seconds | {"sampling": time.perf_counter() - started}
         with interrupts_wait():
-            manifest = writer.close(drawing.describe())
+            whole = writer.close(manifest | {"seconds": seconds, "num_drawn_last": drawn})
     except KeyboardInterrupt:
-        raise Stopped(f"interrupted; {kept:,} of {len(wanted):,} samples are kept in {going_on}") from None
+        if there + drawn:
+            # A second Ctrl-C must not keep the folder from being left in order.
+            with contextlib.suppress(KeyboardInterrupt), interrupts_wait():
+                writer.close(manifest | {"state": "interrupted"})
+        raise Stopped(f"interrupted; {_kept(there + drawn, len(wanted), out)}") from None
     except OSError as error:
-        raise RunFailed(f"{error}; {kept:,} of {len(wanted):,} samples are kept in {going_on}") from error
+        raise RunFailed(f"{error}; {_kept(there + drawn, len(wanted), out)}") from error
+    if first is not None and not len(writer.finished()):
+        check_any_finite(first, drawing.plan)
     if arguments.common.json:
-        put_json(manifest | {"out": str(out)})
+        put_json(whole | {"out": str(out)})
     else:
-        print(f"{len(wanted):,} samples of {drawing.feature.name} in {out.resolve()}")
+        print(f"{whole['num_finished']:,} samples of {drawing.feature.name} in {out.resolve()}")
+
+
+def _kept(num: int, wanted: int, out: Path) -> str:
+    if not num:
+        return "nothing was finished; the same command starts again"
+    return f"{num:,} of {wanted:,} samples are kept in {out}; the same command continues"
