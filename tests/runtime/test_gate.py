@@ -1,0 +1,128 @@
+"""The gate: a step that reproduces the stored outputs passes, every way of being wrong is refused."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import tiltscope
+from tiltscope.engine.errors import ParityError, RunnerError
+from tiltscope.engine.runtime import runners
+from tiltscope.engine.runtime.gate import SelfTest, check_step, record_self_test, relative_errors
+from tiltscope.engine.runtime.step import TorchStep
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle):
+    return tiltscope.load(str(tiny_bundle))
+
+
+def step_of(bundle, dtype, address="blocks.1:sae:3"):
+    return TorchStep(bundle.prior.to(dtype), bundle.feature(address).to(dtype))
+
+
+@pytest.fixture(scope="module")
+def recorded(bundle):
+    step = step_of(bundle, torch.float64)
+    return record_self_test(step, bundle.shape, step.feature.readout)
+
+
+@dataclass(frozen=True)
+class Wrong(TorchStep):
+    """A step whose one output is changed."""
+
+    output: str = "grad_a"
+    change: Callable[[torch.Tensor], torch.Tensor] = torch.neg
+
+    def guided(self, x, sigma, alpha, readout):
+        out = super().guided(x, sigma, alpha, readout)
+        return out._replace(**{self.output: self.change(getattr(out, self.output))})
+
+
+def test_the_step_reproduces_its_float64_reference_in_float32(bundle, recorded):
+    errors = check_step(step_of(bundle, torch.float32), recorded, torch.float32)
+    assert set(errors) == {"x0_hat", "activation", "drive", "grad_a"}
+    assert max(errors.values()) > 0
+
+
+def test_the_reference_reproduces_itself(bundle, recorded):
+    assert max(relative_errors(step_of(bundle, torch.float64), recorded, torch.float64).values()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("output", "change"),
+    [
+        ("grad_a", lambda g: g * 1.001),
+        ("grad_a", lambda g: g.transpose(-1, -2)),
+        ("grad_a", torch.zeros_like),
+        ("grad_a", lambda g: g * torch.nan),
+        ("x0_hat", lambda d: d + 0.001),
+        ("drive", lambda v: v.flip(0)),
+    ],
+)
+def test_a_wrong_output_is_refused_by_name(bundle, recorded, output, change):
+    step = step_of(bundle, torch.float32)
+    with pytest.raises(ParityError, match=output):
+        check_step(Wrong(step.prior, step.feature, "wrong", output, change), recorded, torch.float32)
+
+
+def test_another_features_readout_is_seen(bundle, recorded):
+    step = step_of(bundle, torch.float32)
+    other = bundle.feature("blocks.1:sae:5").readout.expand(len(recorded.sigma)).to(torch.float64)
+    with pytest.raises(ParityError, match="drive"):
+        check_step(step, replace(recorded, readout=other), torch.float32)
+
+
+def test_a_self_test_is_stored_and_read_back(recorded, tmp_path):
+    recorded.save(tmp_path / "selftest.safetensors")
+    again = SelfTest.load(tmp_path / "selftest.safetensors")
+    assert torch.equal(again.x, recorded.x)
+    assert torch.equal(again.readout.mask, recorded.readout.mask)
+    assert all(torch.equal(a, b) for a, b in zip(again.expected, recorded.expected, strict=True))
+
+
+class Registered:
+    """What an exporter's entry point looks like."""
+
+    name = "mirror"
+
+    def __init__(self, build):
+        self.load = lambda: build
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    def register(build):
+        monkeypatch.setattr(
+            runners, "entry_points", lambda group: [Registered(build)] if group == runners.GROUP else []
+        )
+
+    return register
+
+
+def test_a_registered_runner_is_built_gated_and_used(bundle, mirror):
+    built = []
+
+    def build(prior, feature, dtype):
+        built.append(dtype)
+        return replace(TorchStep(prior, feature), name="mirror")
+
+    mirror(build)
+    settings = {"num": 2, "lam": 2.0, "steps": 3}
+    feature = bundle.feature("blocks.1:sae:3")
+    samples = tiltscope.sample(bundle.prior, feature, runner="mirror", **settings)
+    assert built == [torch.float32]
+    assert samples.manifest["runner"] == "mirror"
+    assert torch.equal(samples.x0, tiltscope.sample(bundle.prior, feature, **settings).x0)
+
+
+def test_a_registered_runner_that_is_wrong_never_draws(bundle, mirror):
+    mirror(lambda prior, feature, dtype: Wrong(prior, feature, "wrong"))
+    with pytest.raises(ParityError, match="grad_a"):
+        tiltscope.sample(bundle.prior, bundle.feature("blocks.1:sae:3"), num=1, lam=1.0, steps=3, runner="mirror")
+
+
+def test_a_runner_nobody_registered():
+    with pytest.raises(RunnerError, match="available here: torch"):
+        runners.step_for("tensorrt", None, None, torch.float32)
