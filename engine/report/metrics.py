@@ -130,10 +130,9 @@ def selectivity_rank(
     parts = [bundle.latents(part, hook).double().numpy() for part in x0.split(EMBED_BATCH)]
     latents = np.concatenate(parts).mean(0)
     others = pool_sd > 0
+    # The same latent, however pooled or scaled, is not its own rival.
     if len(feature.terms) == 1 and feature.terms[0][1].kind == "sae":
-        others[int(feature.terms[0][1].index)] = (
-            False  # the same latent, however pooled or scaled, is not its own rival
-        )
+        others[int(feature.terms[0][1].index)] = False
     z = (latents[others] - pool_mean[others]) / pool_sd[others]
     return 1.0 + float((z > (mean - natural.mean()) / natural.std()).sum())
 
