@@ -77,7 +77,7 @@ class Bundle:
         self.path = path
         self.meta = read_json(path / DESCRIPTION)
         version = self.meta.get("schema_version")
-        if version != SCHEMA_VERSION or isinstance(version, bool):
+        if type(version) is not int or version != SCHEMA_VERSION:
             raise BundleError(
                 f"{path / DESCRIPTION}: schema_version {version!r} is not known; allowed: {SCHEMA_VERSION}"
             )
@@ -226,8 +226,9 @@ class Bundle:
                 missing = [each.name for each in fields(FeatureInfo) if each.name not in row]
                 if missing:
                     raise BundleError(f"{path} lacks the column {missing[0]!r}")
-                known = {each.name: row[each.name] for each in fields(FeatureInfo)}
-                infos.append(FeatureInfo(**known | {"words": tuple(row["words"])}))
+                known: dict[str, Any] = {each.name: row[each.name] for each in fields(FeatureInfo)}
+                known["words"] = tuple(known["words"])
+                infos.append(FeatureInfo(**known))
         return tuple(infos)
 
     def features(self) -> list[FeatureInfo]:
@@ -287,9 +288,10 @@ def load(name_or_folder: str | PathLike[str]) -> Bundle:
 
     Raises ConfigError where there is no such bundle, BundleError where the folder is not one.
     """
-    if not isinstance(name_or_folder, str | PathLike):
-        raise ConfigError(f"a bundle is a name or a folder, got {type(name_or_folder).__name__}")
-    text, embedded = fspath(name_or_folder), embedded_bundles()
+    try:
+        text, embedded = fspath(name_or_folder), embedded_bundles()
+    except TypeError as error:
+        raise ConfigError(f"a bundle is a name or a folder, got {type(name_or_folder).__name__}") from error
     if isinstance(name_or_folder, str) and text in embedded:
         return Bundle(embedded[text])
     if text and Path(text).is_dir():

@@ -1,10 +1,19 @@
-"""Fixed inputs for the one trial call that a user's own denoiser or activation gets before anything is sampled."""
+"""What a user's own denoiser or activation goes through before anything is sampled: its name, and inputs for one trial call."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tiltscope.engine.errors import ConfigError
+
+
+def check_name(name: object) -> str:
+    """A text that is not empty. Raises ConfigError."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"name must be a text that is not empty, got {name!r}")
+    return name
 
 
 def trial_values(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

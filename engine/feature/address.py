@@ -55,13 +55,13 @@ class FeatureAddress:
         return text if hidden else f"{text}@{self.pooling}"
 
 
-def parse(text: str) -> FeatureAddress:
+def parse(text: object) -> FeatureAddress:
     """Read HOOK:KIND:INDEX[@POOLING]. Raises ConfigError that names the offending part and what is allowed there.
 
     Whether the hook and the index exist is for the bundle to say; here only the form is judged.
     """
     parts = text.split(":", 2) if isinstance(text, str) else []
-    if len(parts) != 3:
+    if not isinstance(text, str) or len(parts) != 3:
         raise ConfigError(
             f"feature {text!r} is not of the form {FORM}; hooks: {ALLOWED_HOOKS}; kinds: {', '.join(KINDS)}"
         )

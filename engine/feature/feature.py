@@ -16,7 +16,7 @@ from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.address import FeatureAddress
 from tiltscope.engine.feature.readout import Readout, read, token_map
 from tiltscope.engine.feature.trunk import TruncatedViT
-from tiltscope.engine.trial import trial_values
+from tiltscope.engine.trial import check_name, trial_values
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -45,10 +45,8 @@ class Feature:
     def __init__(self, activation: Activation, *, name: str) -> None:
         if not callable(activation):
             raise ConfigError(f"activation must be a function x0 -> [batch], got {type(activation).__name__}")
-        if not isinstance(name, str) or not name:
-            raise ConfigError(f"name must be a text that is not empty, got {name!r}")
         self._activation = activation
-        self.name = name
+        self.name = check_name(name)
         self.identity = f"custom:{name}"
         self.address: FeatureAddress | None = None
         self.terms: tuple[tuple[float, FeatureAddress], ...] = ()
@@ -132,8 +130,8 @@ class Feature:
         sibling._siblings = self._siblings
         return sibling
 
-    def __mul__(self, factor: float) -> "Feature":
-        if not isinstance(factor, Real) or isinstance(factor, bool):
+    def __mul__(self, factor: object) -> "Feature":
+        if isinstance(factor, bool) or not isinstance(factor, Real):
             return NotImplemented
         number = float(factor)
         if not math.isfinite(number):
@@ -150,13 +148,13 @@ class Feature:
             pool=self.pool,
         )
 
-    def __rmul__(self, factor: float) -> "Feature":
+    def __rmul__(self, factor: object) -> "Feature":
         return self.__mul__(factor)
 
     def __neg__(self) -> "Feature":
         return self * -1.0
 
-    def __add__(self, other: "Feature") -> "Feature":
+    def __add__(self, other: object) -> "Feature":
         if not isinstance(other, Feature):
             return NotImplemented
         if self.trunk is None or self.readout is None or other.trunk is not self.trunk or other.readout is None:
@@ -173,7 +171,7 @@ class Feature:
             pool=self.pool,
         )
 
-    def __sub__(self, other: "Feature") -> "Feature":
+    def __sub__(self, other: object) -> "Feature":
         if not isinstance(other, Feature):
             return NotImplemented
         return self + (-other)
@@ -201,7 +199,7 @@ def check_activation(feature: Feature, shape: Sequence[int], dtype: torch.dtype)
         raise ConfigError(
             f"feature {feature.name}: activation is not differentiable in x0; do not detach it, and use torch throughout"
         )
-    (gradient,) = torch.autograd.grad(answer.sum(), x0, allow_unused=True)
+    gradient: Any = torch.autograd.grad(answer.sum(), x0, allow_unused=True)[0]
     if gradient is None:
         raise ConfigError(f"feature {feature.name}: activation does not depend on x0 by a differentiable path")
     if bool(answer.detach().isnan().all()):

@@ -66,7 +66,7 @@ def alpha_bars(scheduler_config: Mapping[str, Any]) -> NDArray[np.float64]:
             f"allowed: {', '.join(BETA_SCHEDULES)}, or trained_betas"
         )
     try:
-        betas = (
+        betas: NDArray[np.float64] = (
             np.asarray(trained, dtype=np.float64)
             if trained is not None
             else BETA_SCHEDULES[schedule](
@@ -77,7 +77,7 @@ def alpha_bars(scheduler_config: Mapping[str, Any]) -> NDArray[np.float64]:
         )
     except (TypeError, ValueError) as error:
         raise BundleError(f"scheduler_config.json: the noise schedule cannot be read ({error})") from error
-    bars = np.cumprod(1 - betas)
+    bars = np.cumprod(1 - betas, dtype=np.float64)
     if scheduler_config.get("rescale_betas_zero_snr", False):
         root = np.sqrt(bars)
         bars = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

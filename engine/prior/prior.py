@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.prior.network import NetworkDenoiser
-from tiltscope.engine.trial import trial_values
+from tiltscope.engine.trial import check_name, trial_values
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -41,14 +41,9 @@ class Prior:
     def __init__(self, denoise: Denoise, *, shape: Sequence[int], name: str = "custom") -> None:
         if not callable(denoise):
             raise ConfigError(f"denoise must be a function (x, sigma) -> E[x0 | x], got {type(denoise).__name__}")
-        sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
-        if not sizes or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes):
-            raise ConfigError(f"shape must be positive whole numbers such as (3, 64, 64), got {shape!r}")
-        if not isinstance(name, str) or not name:
-            raise ConfigError(f"name must be a text that is not empty, got {name!r}")
         self._denoise = denoise
-        self.name = name
-        self.shape: tuple[int, ...] = sizes
+        self.name = check_name(name)
+        self.shape = _check_shape(shape)
         self.identity = f"custom:{name}"
         self.levels: NDArray[np.float64] | None = None
         self.network: NetworkDenoiser | None = None
@@ -137,6 +132,13 @@ def check_denoise(prior: Prior, dtype: torch.dtype, *, guided: bool = False) -> 
                 f"prior {prior.name}: denoise is not differentiable in x, which guidance needs; "
                 "do not detach x, use numpy or torch.no_grad() inside it, or sample with lam=0"
             )
+
+
+def _check_shape(shape: object) -> tuple[int, ...]:
+    sizes: tuple[Any, ...] = tuple(shape) if isinstance(shape, tuple | list) else ()
+    if not sizes or not all(type(size) is int and size > 0 for size in sizes):
+        raise ConfigError(f"shape must be positive whole numbers such as (3, 64, 64), got {shape!r}")
+    return sizes
 
 
 def _check_answer(answer: Any, x: Tensor, name: str) -> None:
