@@ -1,0 +1,389 @@
+"""index.html: one self-contained page, four answers side by side and how far to trust them.
+
+Everything is inside the file: style, pictures as data: URIs, plots as inline SVG; a content security policy forbids requests.
+No script. All text is escaped by the template. Knows an Explanation and its manifest; writes no file.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from tiltscope.engine.report.metrics import ess_in_words, prior_warning
+from tiltscope.engine.report.pictures import (
+    GRID_LIMIT,
+    data_uri,
+    encode_png,
+    heat_pixels,
+    heat_ramp,
+    reduce,
+    strongest_area,
+    to_array,
+)
+from tiltscope.engine.report.plot import Lane, histogram
+from tiltscope.engine.report.words import (
+    ANSWERS,
+    METRIC_ROWS,
+    MISSING,
+    AnswerWords,
+    missing_reason,
+    number,
+    percent,
+    times,
+)
+from tiltscope.engine.samples import Explanation, Samples
+from tiltscope.engine.tilt.log_tilt import parse_log_tilt
+
+# Twice the size of a tile, for dense screens; larger pictures only make the page heavy.
+_LONGEST_SIDE = 256
+_TILE = 128
+# More pictures than this are shown at half the size.
+_MANY = 12
+_PLOT_WIDTHS = {"wide": 1136, "medium": 676, "narrow": 343}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture of an answer."""
+
+    uri: str
+    alt: str
+    activation: str
+    source: str | None
+    heat_uri: str | None
+    heat_alt: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One answer: its pictures, its words, its headline numbers as (label, value, unit), and how many there are."""
+
+    name: str
+    words: AnswerWords
+    tiles: Sequence[Tile]
+    facts: Sequence[tuple[str, str, str]]
+    note: str | None
+    shown: str | None
+    failed: int
+    crisp: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of the table; footnote: number of the note that says why there is none."""
+
+    value: str
+    error: str | None
+    footnote: int | None
+
+
+@dataclass(frozen=True)
+class Trust:
+    """One line of "How far to trust this"."""
+
+    what: str
+    value: str
+    sentence: str
+
+
+def render(explanation: Explanation, manifest: Mapping[str, Any]) -> str:
+    """The page. manifest: as it stands in the folder (manifest.complete)."""
+    answers = {name: explanation.answers[name] for name in ANSWERS if name in explanation.answers}
+    largest = _largest_heat(answers.values())
+    rows, footnotes = _table(explanation, list(answers))
+    spec = _log_tilt(manifest)
+    bundle = _mapping(manifest.get("bundle"))
+    return _template().render(
+        feature=explanation.feature,
+        name=explanation.name,
+        name_source=manifest.get("feature_name_source"),
+        lede=_lede(explanation, spec),
+        panels=[_panel(name, samples, explanation, largest) for name, samples in answers.items()],
+        heat_key=data_uri(encode_png(heat_ramp())) if largest else None,
+        heat_largest=number(largest),
+        many=max((len(samples) for samples in answers.values()), default=0) > _MANY,
+        titles={name: ANSWERS[name] for name in answers},
+        rows=rows,
+        footnotes=footnotes,
+        plots=_plots(explanation, answers, spec),
+        num_natural=f"{len(explanation.natural):,}",
+        trust=_trust(explanation, manifest, spec),
+        warnings=_warnings(explanation),
+        repeat=_unbroken(manifest.get("repeat")),
+        seed=answers["tilt"].seed,
+        bundle=bundle,
+        attribution=[_mapping(each) for each in cast(Iterable[Any], bundle.get("attribution") or ())],
+        provenance=_provenance(manifest, bundle),
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tiltscope.engine.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja")
+
+
+def _lede(explanation: Explanation, spec: str) -> str:
+    what = "activation" if spec == "linear" else f"φ(activation), φ = {spec},"
+    return (
+        f"What pictures make this feature fire at {number(explanation.target)}? Four answers to one question: the target is "
+        f"a mean {what} of {number(explanation.target)}, the {percent(explanation.target_quantile)} quantile of natural "
+        f"activation (mean {number(explanation.natural_mean)}, largest {number(float(explanation.natural.max()))})."
+    )
+
+
+def _panel(name: str, samples: Samples, explanation: Explanation, largest: float) -> Panel:
+    metrics = explanation.metrics.get(name, {})
+    num = len(samples)
+    facts = [
+        (METRIC_ROWS[metric].label, _with_error(metrics, metric), unit)
+        for metric, unit in (
+            ("activation_mean", ""),
+            ("z", "sd"),
+            ("naturalness", "sd"),
+            ("diversity", ""),
+            ("excess_kl", "nats"),
+        )
+        if metrics.get(metric) is not None
+    ]
+    tiles = [] if samples.images is None else [_tile(name, samples, at, largest) for at in _shown(samples)]
+    sound = int(samples.ok.sum())
+    return Panel(
+        name=name,
+        words=ANSWERS[name],
+        tiles=tiles,
+        facts=facts,
+        note=explanation.notes.get(name),
+        shown=f"The first {len(tiles)} of {sound:,}." if tiles and sound > len(tiles) else None,
+        failed=num - sound,
+        crisp=samples.images is not None and max(samples.images.shape[2:]) < _TILE,
+    )
+
+
+def _shown(samples: Samples) -> list[int]:
+    return [at for at, ok in enumerate(samples.ok.tolist()) if ok][:GRID_LIMIT]
+
+
+def _tile(name: str, samples: Samples, at: int, largest: float) -> Tile:
+    images = samples.images
+    if images is None:
+        raise ValueError("a tile needs a picture")
+    activation = number(float(samples.activation[at]))
+    source = samples.sources[at] if samples.sources is not None else None
+    which = f"{ANSWERS[name].title}, picture {at + 1} of {len(samples)}"
+    heat_uri, heat_alt = None, ""
+    if samples.heat is not None and largest:
+        heat = samples.heat[at].detach().cpu().numpy()
+        area = strongest_area(heat)
+        heat_uri = data_uri(encode_png(heat_pixels(heat, largest=largest)))
+        heat_alt = f"The feature fires most at the {area}." if area else "The feature does not fire on this picture."
+    return Tile(
+        uri=data_uri(encode_png(reduce(to_array(images[at]), longest=_LONGEST_SIDE))),
+        alt=f"{which}: {source + ', ' if source else ''}activation {activation}",
+        activation=activation,
+        source=source,
+        heat_uri=heat_uri,
+        heat_alt=heat_alt,
+    )
+
+
+def _largest_heat(answers: Iterable[Samples]) -> float:
+    """One scale for all answers, so that colours compare between them; 0 where there is no map or nothing fires."""
+    largest = 0.0
+    for samples in answers:
+        if samples.heat is not None and samples.ok.any():
+            heat = samples.heat[samples.ok].abs()
+            largest = max(largest, float(heat[heat.isfinite()].max()) if heat.isfinite().any() else 0.0)
+    return largest
+
+
+def _with_error(metrics: Mapping[str, float | None], metric: str) -> str:
+    words = METRIC_ROWS[metric]
+    value = number(metrics.get(metric), words.digits)
+    error = metrics.get(words.error) if words.error else None
+    return f"{value} ± {number(error, words.digits)}" if error else value
+
+
+def _table(explanation: Explanation, answers: Sequence[str]) -> tuple[list[tuple[Any, list[Cell]]], list[str]]:
+    footnotes: list[str] = []
+    rows: list[tuple[Any, list[Cell]]] = []
+    for metric, words in METRIC_ROWS.items():
+        cells: list[Cell] = []
+        for answer in answers:
+            metrics = explanation.metrics.get(answer, {})
+            value = metrics.get(metric)
+            if value is None or not math.isfinite(value):
+                reason = missing_reason(metric, answer)
+                if reason not in footnotes:
+                    footnotes.append(reason)
+                cells.append(Cell(MISSING, None, footnotes.index(reason) + 1))
+            else:
+                error = metrics.get(words.error) if words.error else None
+                cells.append(
+                    Cell(number(value, words.digits), None if error is None else number(error, words.digits), None)
+                )
+        rows.append((words, cells))
+    return rows, footnotes
+
+
+def _plots(explanation: Explanation, answers: Mapping[str, Samples], spec: str) -> list[Markup]:
+    lanes = [
+        Lane(ANSWERS[name].title, name, samples.activation[samples.ok & samples.activation.isfinite()].tolist())
+        for name, samples in answers.items()
+    ]
+    # phi of another kind has a mean that is no place on the axis of activations.
+    target = explanation.target if spec == "linear" else None
+    return [
+        histogram(
+            np.asarray(explanation.natural, np.float64),
+            target=target,
+            natural_mean=explanation.natural_mean,
+            lanes=lanes,
+            width=width,
+            name=name,
+        )
+        for name, width in _PLOT_WIDTHS.items()
+    ]
+
+
+def _trust(explanation: Explanation, manifest: Mapping[str, Any], spec: str) -> list[Trust]:
+    calibration, tilt = explanation.calibration, explanation.answers["tilt"]
+    labels = {
+        "approximate": "Guidance plugs one estimate of the clean picture into the reweighting: the draws approximate the tilt, "
+        "and how closely is not known.",
+        "consistent": "The draws converge to the tilt of the discretised prior.",
+    }
+    lines = [
+        Trust("Draws", tilt.target, labels.get(tilt.target, "")),
+        _reached(explanation, spec),
+        Trust(
+            "Support",
+            f"ESS {number(calibration.ess, 1)}",
+            f"{ess_in_words(calibration.ess).capitalize()}; the heaviest of {len(explanation.natural):,} has "
+            f"{percent(calibration.max_weight)} of the weight.",
+        ),
+        Trust("Tilt", f"λ = {number(explanation.lam, 3)}", _weighting(spec)),
+        Trust(
+            "Distance from natural",
+            f"KL = {number(_value(manifest, 'kl', calibration.kl))} nats",
+            f"About {times(calibration.kl)} natural pictures hold one such as these. "
+            f"Estimated from {_source(manifest, 'kl')}.",
+        ),
+        Trust(
+            "Normaliser",
+            f"log Z = {number(_value(manifest, 'log_z', calibration.log_z))} nats",
+            f"Estimated from {_source(manifest, 'log_z')}.",
+        ),
+    ]
+    if math.isfinite(explanation.prior_mean):
+        away = abs(explanation.prior_mean - explanation.natural_mean)
+        errors = (
+            f"{number(away / explanation.prior_mean_se, 1)} standard errors apart"
+            if explanation.prior_mean_se > 0
+            else ""
+        )
+        num = _mapping(manifest.get("prior_check")).get("num")
+        lines.append(
+            Trust(
+                "Prior against pool",
+                f"{number(explanation.prior_mean)} ± {number(explanation.prior_mean_se)}",
+                f"mean activation of {f'{num} ' if num else ''}unguided draws; natural pictures have "
+                f"{number(explanation.natural_mean)}{f': {errors}' if errors else ''}.".capitalize(),
+            )
+        )
+    return lines
+
+
+def _weighting(spec: str) -> str:
+    if spec == "linear":
+        return "Per unit of activation: natural pictures are reweighted by exp(λ · activation)."
+    return f"Per unit of φ: natural pictures are reweighted by exp(λ · φ(activation)), φ = {spec}."
+
+
+def _reached(explanation: Explanation, spec: str) -> Trust:
+    tilt = explanation.answers["tilt"]
+    phi = parse_log_tilt(spec).phi(tilt.activation[tilt.ok].double().numpy())
+    target = explanation.target
+    if len(phi) == 0:
+        return Trust("Reached", MISSING, f"No draw is finite; wanted was {number(target)}.")
+    mean = float(phi.mean())
+    if len(phi) == 1:
+        return Trust("Reached", number(mean), f"Wanted: {number(target)}. One draw has no standard error.")
+    error = float(phi.std(ddof=1)) / math.sqrt(len(phi))
+    side = "above" if mean > target else "below"
+    apart = f", {number(abs(mean - target) / error, 1)} standard errors {side}" if error > 0 else ""
+    return Trust(
+        "Reached", f"{number(mean)} ± {number(error)}", f"Wanted: {number(target)}. Mean of {len(phi):,} draws{apart}."
+    )
+
+
+def _unbroken(command: str | None) -> list[str]:
+    """The command in pieces that a line should not break: each flag with its value."""
+    return [] if not command else re.split(r" (?=--[a-z])", command)
+
+
+def _warnings(explanation: Explanation) -> list[str]:
+    """The explanation's own, and the prior's disagreement with the pool should it not be among them."""
+    told = list(explanation.warnings)
+    if math.isfinite(explanation.prior_mean) and math.isfinite(explanation.prior_mean_se):
+        found = prior_warning(explanation.natural_mean, explanation.prior_mean, explanation.prior_mean_se)
+        told += [found] if found and found not in told else []
+    return [f"{each[:1].upper()}{each[1:]}" + ("" if each.endswith(".") else ".") for each in told]
+
+
+def _value(manifest: Mapping[str, Any], name: str, otherwise: float) -> float | None:
+    return _mapping(manifest.get(name)).get("value", otherwise)
+
+
+def _source(manifest: Mapping[str, Any], name: str) -> str:
+    source = _mapping(manifest.get(name)).get("source") or _mapping(manifest.get("calibration")).get("source") or "pool"
+    return {"pool": "the natural pictures of the pool"}.get(str(source), str(source))
+
+
+def _provenance(manifest: Mapping[str, Any], bundle: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
+    """(what, value, whether it is code) for everything that decides the pictures and is known."""
+    config, prior_seconds = _mapping(manifest.get("config")), _mapping(manifest.get("seconds"))
+    settings = ", ".join(
+        f"{name} {config[name]}" for name in ("solver", "steps", "grid", "lift", "log_tilt") if config.get(name)
+    )
+    seconds = ", ".join(
+        f"{name.replace('_', ' ')} {number(float(value), 1)}"
+        for name, value in prior_seconds.items()
+        if value is not None
+    )
+    versions = ", ".join(f"{name} {value}" for name, value in _mapping(manifest.get("versions")).items() if value)
+    runs = ", ".join(str(manifest[name]) for name in ("runner", "kernels") if manifest.get(name))
+    lines = [
+        ("Bundle", bundle.get("name"), False),
+        ("Bundle identity", bundle.get("identity"), True),
+        ("Prior", manifest.get("prior"), True),
+        ("Feature", manifest.get("feature_identity"), True),
+        ("Run identity", manifest.get("identity"), True),
+        ("Settings", settings, False),
+        ("Seed", config.get("seed"), False),
+        ("Runner, kernels", runs, False),
+        ("Seconds", seconds, False),
+        ("Versions", versions, False),
+        ("Licence", bundle.get("licence"), False),
+    ]
+    return [(what, str(value), code) for what, value, code in lines if value not in (None, "")]
+
+
+def _log_tilt(manifest: Mapping[str, Any]) -> str:
+    return str(_mapping(manifest.get("config")).get("log_tilt") or "linear")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}
