@@ -198,10 +198,11 @@ def prior_warning(natural_mean: float, prior_mean: float, prior_mean_se: float) 
     away = abs(prior_mean - natural_mean)
     if away <= WARN_BEYOND_SE * prior_mean_se:
         return None
+    apart = f"{away / prior_mean_se:.1f} standard errors" if prior_mean_se > 0 else "away"
     return (
-        f"the unguided prior's mean activation is {prior_mean:.4g} ± {prior_mean_se:.2g}, the natural pictures' "
-        f"{natural_mean:.4g}: lambda, KL, log Z and ESS are of the natural pictures, not of the distribution that the sampler "
-        "tilts"
+        f"the unguided prior's mean activation, {prior_mean:.4g} ± {prior_mean_se:.2g}, is {apart} from the natural "
+        f"pictures' {natural_mean:.4g}: lambda, KL, log Z and ESS are of the natural pictures, not of the distribution that "
+        "the sampler tilts"
     )
 
 

@@ -60,8 +60,8 @@ def activation_maximisation(
     """`num` pictures of `shape` (c, h, w) whose mean activation is `target_mean`, from the seed's own starts.
 
     A picture's path depends on (seed, its place) alone; where all stop depends on their mean. On the last step the point
-    between its two ends with the wanted mean is taken. Where the mean is not reached within `steps_max`, the last pictures
-    come back and `reached` is False.
+    between its two ends with the wanted mean is taken, or just past it where a threshold makes the activation jump. Where the
+    mean is not reached within `steps_max`, the last pictures come back and `reached` is False.
     Raises ConfigError for a shape without height and width, NonFiniteError where no picture has a finite activation.
     """
     if len(shape) != 3 or min(shape) < 1:
