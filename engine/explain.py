@@ -9,7 +9,7 @@ The three rivals are held to the activation that the tilt reached, so what is co
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -50,16 +50,28 @@ from tiltscope.engine.tilt.pool_rivals import hard_truncation, top_k
 
 # Unguided draws that say whether the sampler's prior is the p that the pool calibrates.
 PRIOR_CHECK_NUM = 32
+# What answer() does in turn, and how it is called where a person watches.
+PARTS = {
+    "tilt": "drawing the tilt",
+    "prior_check": "checking the prior against the pool",
+    "pool_rivals": "picking from the pool",
+    "actmax": "maximising the activation",
+    "metrics": "measuring the four answers",
+}
+OnPart = Callable[[str], None]
 
 
 @dataclass
 class _Stopwatch:
-    """Wall seconds by component."""
+    """Wall seconds by component, each announced as it begins."""
 
+    announce: OnPart | None
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @contextmanager
-    def __call__(self, component: str):
+    def __call__(self, component: str) -> Iterator[None]:
+        if self.announce is not None:
+            self.announce(PARTS[component])
         started = time.perf_counter()
         try:
             yield
@@ -146,27 +158,35 @@ def _target(config: ExplainConfig, natural: NDArray[np.float64], log_tilt: LogTi
     return target, found
 
 
-def answer(inquiry: Inquiry, *, on_step: OnStep | None = None) -> Explanation:
-    """Draw the tilt, hold the three rivals to the activation it reached, and measure all four."""
-    watch = _Stopwatch()
+def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart | None = None) -> Explanation:
+    """Draw the tilt, hold the three rivals to the activation it reached, and measure all four.
+
+    Where lambda is negative the rivals look for the weakest pictures instead: top-K, truncation and maximisation of -a.
+    on_step: told of every row of the tilt. on_part: told of each part in words as it begins.
+    """
+    watch = _Stopwatch(on_part)
     run, bundle, feature, natural = inquiry.run, inquiry.bundle, inquiry.feature, inquiry.natural
     notes: dict[str, str] = {}
     with watch("tilt"):
         tilt = join(run.draw(on_step=on_step))
         check_any_finite(tilt, run.plan)
+    sign = -1.0 if inquiry.calibration.lam < 0 else 1.0
     reached = float(tilt.activation[tilt.ok].mean()) if tilt.ok.any() else inquiry.target
     with watch("prior_check"):
         prior_activation = _prior_check(run)
     with watch("pool_rivals"):
-        topk = _from_pool(inquiry, top_k(natural, run.config.num))
-        hard = hard_truncation(natural, reached, run.config.num, seed=run.config.seed)
+        topk = _from_pool(inquiry, top_k(sign * natural, run.config.num))
+        hard = hard_truncation(sign * natural, sign * reached, run.config.num, seed=run.config.seed)
         hard_samples = _from_pool(inquiry, hard.chosen)
         if len(hard.chosen) < run.config.num:
-            notes["hard"] = f"only {len(hard.members)} pool pictures lie above the threshold {hard.threshold:.4g}"
+            side = "above" if sign > 0 else "below"
+            notes["hard"] = (
+                f"only {len(hard.members)} pool pictures lie {side} the threshold {sign * hard.threshold:.4g}"
+            )
     with watch("actmax"):
-        actmax, notes_actmax = _activation_maximum(inquiry, reached)
-        if notes_actmax:
-            notes["actmax"] = notes_actmax
+        actmax, missed = _activation_maximum(inquiry, reached, sign)
+        if missed:
+            notes["actmax"] = missed
     answers = {"tilt": tilt, "topk": topk, "hard": hard_samples, "actmax": actmax}
     answers = {name: replace(each, heat=_heat(feature, each)) for name, each in answers.items()}
     seconds = {"tilt": watch.seconds["tilt"], "topk": None, "hard": None, "actmax": watch.seconds["actmax"]}
@@ -244,10 +264,15 @@ def _from_pool(inquiry: Inquiry, chosen: NDArray[np.int64]) -> Samples:
     )
 
 
-def _activation_maximum(inquiry: Inquiry, target_mean: float) -> tuple[Samples, str | None]:
+def _activation_maximum(inquiry: Inquiry, reached: float, sign: float) -> tuple[Samples, str | None]:
+    """Pictures of the activation that the tilt reached, and what to say where they are not. Addressed by (seed, place)."""
     run = inquiry.run
     found = activation_maximisation(
-        inquiry.feature, shape=run.prior.shape, num=run.config.num, target_mean=target_mean, seed=run.config.seed
+        sign * inquiry.feature,
+        shape=run.prior.shape,
+        num=run.config.num,
+        target_mean=sign * reached,
+        seed=run.config.seed,
     )
     num = run.config.num
     activation, drive = (each.detach() for each in inquiry.feature.activation_and_drive(found.x0))
@@ -259,7 +284,7 @@ def _activation_maximum(inquiry: Inquiry, target_mean: float) -> tuple[Samples, 
         drive=drive,
         lam=torch.full((num,), torch.nan),
         seed=run.config.seed,
-        index=torch.tensor(list(run.config.all_indices)),
+        index=torch.arange(num),
         target="none",
         nfe=torch.zeros(num, dtype=torch.int64),
         n_vjp=torch.full((num,), found.n_vjp),

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import tiltscope
+from tiltscope.engine.config import ExplainConfig
+from tiltscope.engine.explain import PARTS, answer, inquire
 from tiltscope.engine.report.metrics import METRICS
 from tiltscope.errors import CalibrationError, ConfigError
 
@@ -120,3 +122,16 @@ def test_what_is_refused(bundle, settings, error, words):
 def test_features_that_do_not_exist(bundle, text):
     with pytest.raises(ConfigError, match="allowed|0 or above|for example blocks"):
         tiltscope.explain(bundle, text, **SETTINGS)
+
+
+def test_a_negative_lambda_is_answered_with_the_weakest_pictures(bundle):
+    natural = bundle.pool.activations(bundle.feature(FEATURE))
+    asked = tiltscope.explain(bundle, FEATURE, lam=-2.0, **SETTINGS)
+    assert asked.target < natural.mean()
+    assert sorted(asked.answers["topk"].activation.tolist()) == pytest.approx(sorted(natural)[:4], abs=1e-6)
+
+
+def test_the_parts_are_announced_in_words(bundle):
+    parts = []
+    answer(inquire(bundle, FEATURE, ExplainConfig(num=2, steps=2)), on_part=parts.append)
+    assert parts == list(PARTS.values())

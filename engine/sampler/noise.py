@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 STREAM_START = 0
 STREAM_STEP = 1
 STREAM_RESAMPLING = 2
+STREAM_POOL = 3  # the order in which hard truncation draws from the pool
+STREAM_ACTMAX = 4  # starts and transforms of activation maximisation
 STREAM_LIFT = 16  # 16 + i: the i-th draw of a lift
 
 # Draws that calibrate lambda when a prior comes with no pool live above every index a user can ask for.

@@ -20,10 +20,8 @@ from torch import Tensor
 
 from tiltscope.engine.errors import ConfigError, NonFiniteError
 from tiltscope.engine.feature.feature import Feature
-from tiltscope.engine.sampler.noise import normal, philox, seed_key, uniform
+from tiltscope.engine.sampler.noise import STREAM_ACTMAX, normal, philox, seed_key, uniform
 
-# The generator's stream: apart from the sampler's 0, 1, 2 and 16+ (sampler/noise.py) and the pool's 3.
-STREAM_ACTMAX = 4
 START_SPREAD = 0.01
 LEARNING_RATE = 0.05
 CONTRAST = 4.0  # lucid divides the picture by it; more saturates

@@ -14,11 +14,9 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray
 
 from tiltscope.engine.errors import ConfigError
-from tiltscope.engine.sampler.noise import philox, seed_key
+from tiltscope.engine.sampler.noise import STREAM_POOL, philox, seed_key
 from tiltscope.engine.tilt.log_tilt import LogTilt, parse_log_tilt
 
-# The stream of the generator that orders a truncated pool: apart from the sampler's 0, 1, 2 and 16+ (sampler/noise.py).
-STREAM_POOL = 3
 MIN_MEMBERS = 5
 
 
