@@ -1,8 +1,9 @@
 """Train the sparse autoencoder of bundle emoji64 on the trunk's patch tokens before block 5.
 
-    pre = W_enc (s (token - m) - b) + b_enc,    f = pre where pre is among the k * batch largest of the batch, else 0
+    x = A (token - m),    A = s (C + e I)^(-1/2),   C the tokens' covariance, e a tenth of its mean eigenvalue
+    pre = W_enc (x - b) + b_enc,    f = pre where pre is among the k * batch largest of the batch, else 0
      (BatchTopK, arXiv:2412.06410)
-    L = |s (token - m) - (W_dec f + b)|^2 + 1/32 |residual - W_dec f_dead|^2                         (auxiliary loss:
+    L = |x - (W_dec f + b)|^2 + 1/32 |residual - W_dec f_dead|^2                         (auxiliary loss:
     arXiv:2406.04093, sec. 2.4)
 
 The batch's threshold is found on every 16th number (a full sort of 4 million numbers costs more than the step).
@@ -49,13 +50,14 @@ class Config:
     data: Path = Path("build/train/emoji64.npz")
     trunk: Path = Path("build/train/trunk/model")
     out: Path = Path("build/train/sae")
-    minutes: float = 6.0
+    minutes: float = 4.0
     threads: int = 2
     seed: int = 0
     num_latents: int = 2048
     k: int = 20
     batch: int = 1024
-    views: int = 2
+    views: int = 1
+    floor: float = 0.1
     peak_lr: float = 1e-3
     warmup: int = 50
     dead_after: int = 100_000
@@ -146,33 +148,61 @@ def loss_of(model: Autoencoder, x: Tensor, config: Config) -> tuple[Tensor, dict
 
 
 @torch.no_grad()
-def normal_form(model: Autoencoder, mean: Tensor, scale: float, threshold: float) -> dict[str, Tensor]:
-    """Fold scaling and biases in; with unit-norm decoder rows a latent is measured in the token's own units.
+def whitening(tokens: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """(m, A): mean and symmetric map with x = A (token - m) of mean squared norm equal to the width.
 
-    pre/s = W_enc (token - m - b/s) + b_enc/s  and  token ~ W_dec^T (f/s) + m + b/s
+    Without it the autoencoder spends itself on brightness and colour: 16 directions of the small trunk's 192 hold 97 % of
+    the variance at the hook, and the plain version reached FVU 0.01 with 84 % of its latents dead. Directions
+    weaker than `floor` mean eigenvalues stay attenuated. Linear, so it folds into the stored weights exactly.
     """
-    bias = mean + model.decoder_bias / scale
+    mean = tokens.mean(0)
+    centred = (tokens - mean).double()
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(tokens))
+    gain = (values + floor * values.mean()).rsqrt()
+    scale = (len(mean) / (values * gain.square()).sum()).sqrt()
+    return mean, (vectors * (scale * gain) @ vectors.T).float()
+
+
+@torch.no_grad()
+def normal_form(model: Autoencoder, mean: Tensor, whiten: Tensor, threshold: float) -> dict[str, Tensor]:
+    """Fold centring and whitening in; with unit-norm decoder rows a latent is measured in the token's own units.
+
+    token ~ A^-1 (W_dec^T f + b) + m; with n_j = |A^-1 W_dec,j| the stored latent is n_j f_j.
+    """
+    unwhiten = torch.linalg.inv(whiten.double()).float()
+    decoder = model.decoder @ unwhiten
+    gain = decoder.norm(dim=1)
+    encoder = model.encoder @ whiten
+    bias = model.encoder_bias - model.encoder @ model.decoder_bias - encoder @ mean
     return {
-        "encoder.weight": model.encoder.float().contiguous(),
-        "encoder.bias": (model.encoder_bias / scale - model.encoder @ bias).contiguous(),
-        "threshold": torch.full((len(model.encoder),), threshold / scale),
-        "decoder.weight": model.decoder.float().contiguous(),
-        "decoder.bias": bias.contiguous(),
+        "encoder.weight": (encoder * gain[:, None]).contiguous(),
+        "encoder.bias": (bias * gain).contiguous(),
+        "threshold": threshold * gain,
+        "decoder.weight": (decoder / gain[:, None]).contiguous(),
+        "decoder.bias": (mean + unwhiten @ model.decoder_bias).contiguous(),
     }
 
 
 @torch.no_grad()
-def measure(tensors: dict[str, Tensor], tokens: Tensor) -> dict[str, float]:
-    """FVU, mean number of firing latents and dead share of the stored form on given tokens."""
-    error, total_l0, fired = 0.0, 0.0, torch.zeros(len(tensors["threshold"]), dtype=torch.bool)
+def measure(tensors: dict[str, Tensor], tokens: Tensor, whiten: Tensor) -> dict[str, float]:
+    """FVU (in the tokens' units, and whitened), mean number of firing latents and dead share of the stored form."""
+    error, white_error, total_l0, fired = 0.0, 0.0, 0.0, torch.zeros(len(tensors["threshold"]), dtype=torch.bool)
     for chunk in tokens.split(8192):
         pre = chunk @ tensors["encoder.weight"].T + tensors["encoder.bias"]
         f = torch.where(pre > tensors["threshold"], pre, 0.0)
-        error += (chunk - f @ tensors["decoder.weight"] - tensors["decoder.bias"]).square().sum().item()
+        residual = chunk - f @ tensors["decoder.weight"] - tensors["decoder.bias"]
+        error += residual.square().sum().item()
+        white_error += (residual @ whiten).square().sum().item()
         total_l0 += (f > 0).sum().item()
         fired |= (f > 0).any(0)
-    spread = (tokens - tokens.mean(0)).square().sum().item()
-    return {"fvu": error / spread, "l0": total_l0 / len(tokens), "dead_share": 1 - fired.float().mean().item()}
+    centred = tokens - tokens.mean(0)
+    spread, white_spread = centred.square().sum().item(), (centred @ whiten).square().sum().item()
+    return {
+        "fvu": error / spread,
+        "fvu_whitened": white_error / white_spread,
+        "l0": total_l0 / len(tokens),
+        "dead_share": 1 - fired.float().mean().item(),
+    }
 
 
 def main(config: Config) -> None:
@@ -182,9 +212,10 @@ def main(config: Config) -> None:
     arrays = dict(np.load(config.data))
     trunk = DINOv3ViTModel.from_pretrained(config.trunk, attn_implementation="eager").eval()
     bank = fill_bank(trunk, arrays, config.views, torch.Generator().manual_seed(config.seed + 1))
-    mean = bank.mean(0)
-    scale = float((bank.shape[1] / (bank - mean).square().sum(-1).mean()).sqrt())
-    bank.sub_(mean).mul_(scale)  # in place: the bank is the largest thing in memory
+    mean, whiten = whitening(bank, config.floor)
+    bank.sub_(mean)
+    for chunk in bank.split(65536):  # in place: the bank is the largest thing in memory
+        chunk.copy_(chunk @ whiten)
     start = bank[torch.randperm(len(bank), generator=generator)[: config.num_latents]]
     model = Autoencoder(bank.shape[1], config.num_latents, F.normalize(start, dim=-1) * 4)
     optimiser = torch.optim.Adam(model.parameters(), lr=config.peak_lr, betas=(0.9, 0.99), fused=True)
@@ -226,18 +257,21 @@ def main(config: Config) -> None:
     with torch.no_grad():  # one threshold at which k latents fire a token, over many batches
         sample = bank[torch.randperm(len(bank), generator=generator)[: 16 * config.batch]]
         threshold = float(np.mean([batch_threshold(model.pre(x), config.k).item() for x in sample.split(config.batch)]))
-    tensors = normal_form(model, mean, scale, threshold)
+    tensors = normal_form(model, mean, whiten, threshold)
     pool, heldout = arrays["fluent_pool"], arrays["fluent_heldout"]
 
     def tokens_of(rows: np.ndarray) -> Tensor:
         images = to_unit_range(torch.from_numpy(arrays["fluent_images"][rows]))
         return torch.cat([hook_tokens(trunk, x).flatten(0, 1) for x in images.split(64)])
 
-    train, held = measure(tensors, tokens_of(pool & ~heldout)), measure(tensors, tokens_of(pool & heldout))
+    train, held = (measure(tensors, tokens_of(pool & side), whiten) for side in (~heldout, heldout))
     facts = {
         "hook": f"blocks.{HOOK}", "kind": "jumprelu", "num_latents": config.num_latents, "width": bank.shape[1],
-        "k": config.k, "steps": step, "seconds": round(clock.total, 1), "seed": config.seed, "tokens_seen": step * config.batch,
-        "fvu": train["fvu"], "fvu_heldout": held["fvu"], "l0": train["l0"], "l0_heldout": held["l0"],
+        "k": config.k, "steps": step, "seconds": round(clock.total, 1), "seed": config.seed,
+        "tokens_seen": step * config.batch,
+        "fvu": train["fvu"], "fvu_heldout": held["fvu"],
+        "fvu_whitened": train["fvu_whitened"], "fvu_whitened_heldout": held["fvu_whitened"],
+        "l0": train["l0"], "l0_heldout": held["l0"],
         "dead_share": train["dead_share"],
     }  # fmt: skip
     config.out.mkdir(parents=True, exist_ok=True)

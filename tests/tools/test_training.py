@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from train_sae import Autoencoder, normal_form
+from train_sae import Autoencoder, normal_form, whitening
 from training import Clock, learning_rate, load_checkpoint, save_checkpoint, update_ema
 
 
@@ -68,15 +68,18 @@ def test_the_stored_autoencoder_is_the_trained_one_in_the_tokens_own_units() -> 
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    mean, scale, threshold = torch.randn(6), 2.5, 0.4
-    tokens = torch.randn(50, 6)
-    pre = model.pre((tokens - mean) * scale)
-    expected = (torch.where(pre > threshold, pre, 0.0) @ model.decoder + model.decoder_bias) / scale + mean
+    tokens = torch.randn(50, 6) @ torch.randn(6, 6) + 1
+    threshold, (mean, whiten) = 0.4, whitening(tokens, 0.1)
+    pre = model.pre((tokens - mean) @ whiten)
+    whitened = torch.where(pre > threshold, pre, 0.0) @ model.decoder + model.decoder_bias
+    expected = whitened @ torch.linalg.inv(whiten) + mean
 
-    stored = normal_form(model, mean, scale, threshold)
+    stored = normal_form(model, mean, whiten, threshold)
     own = tokens @ stored["encoder.weight"].T + stored["encoder.bias"]
     latents = torch.where(own > stored["threshold"], own, 0.0)
-    torch.testing.assert_close(own * scale, pre, rtol=1e-5, atol=1e-5)
+    gain = stored["threshold"] / threshold
+    torch.testing.assert_close(own / gain, pre, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stored["decoder.weight"].norm(dim=1), torch.ones(10))
     torch.testing.assert_close(
-        latents @ stored["decoder.weight"] + stored["decoder.bias"], expected, rtol=1e-5, atol=1e-5
+        latents @ stored["decoder.weight"] + stored["decoder.bias"], expected, rtol=1e-4, atol=1e-4
     )
