@@ -1,5 +1,6 @@
 """`tiltscope explain FEATURE`: four answers to what a feature means, a page of them, and the numbers on the terminal."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,7 +63,7 @@ def run(arguments: Arguments) -> None:
     except KeyboardInterrupt:
         raise Stopped("interrupted; the same command starts again") from None
     if arguments.common.json:
-        put_json(explanation.manifest | {"out": str(out)})
+        put_json(json.loads((out / "manifest.json").read_text()) | {"out": str(out)})
     else:
         show(explanation, out)
 

@@ -58,7 +58,7 @@ def _one_line(boxed: str) -> str:
 _WORDING = (
     (re.compile(r"^Error parsing (--)?(\S+): "), r"\2: "),
     (re.compile(r"^Missing from .*?: (.+?) HOOK:.*$"), r"\1 is missing: HOOK:KIND:INDEX[@POOLING]"),
-    (re.compile(r"^Missing from .*?: (.+?) \(required\)$"), r"\1 is missing"),
+    (re.compile(r"^Missing from .*?: (--\S+) (\S+) .*$"), r"\1 is missing: give \1 \2"),
     (re.compile(r"^Missing value for argument '(\S+)'.*$"), r"\1: a value is missing"),
     (re.compile(r"^Unrecognized options: (.+)$"), r"got \1, which is not an option here"),
     (
