@@ -1,6 +1,7 @@
 """`tiltscope explain FEATURE`: four answers to what a feature means, a page of them, and the numbers on the terminal."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,21 +15,20 @@ from tiltscope.engine.config import ExplainConfig
 if TYPE_CHECKING:
     from tiltscope.engine.samples import Explanation
 
-# What the terminal shows of each answer; the page and the manifest have every number.
+# What the terminal shows of each answer, in the page's own words; the page and the manifest have every number.
 ROWS = (
-    ("activation_mean", "mean activation", "{:.3f}"),
-    ("activation_se", "± standard error", "{:.3f}"),
-    ("z", "z under natural pictures", "{:.2f}"),
-    ("percentile", "percentile of natural", "{:.1f}"),
-    ("selectivity_rank", "selectivity rank", "{:.0f}"),
-    ("naturalness", "naturalness (natural: 0)", "{:.2f}"),
-    ("nearest_distance", "distance to nearest natural", "{:.3f}"),
-    ("diversity", "diversity", "{:.3f}"),
-    ("kl", "KL from natural (nats)", "{:.2f}"),
-    ("excess_kl", "excess KL over the tilt", "{:.2f}"),
-    ("seconds", "seconds", "{:.1f}"),
+    "activation_mean",
+    "z",
+    "percentile",
+    "selectivity_rank",
+    "naturalness",
+    "nearest_distance",
+    "diversity",
+    "kl",
+    "excess_kl",
+    "ess",
+    "seconds",
 )
-TITLES = {"tilt": "tilt", "topk": "top-K", "hard": "hard truncation", "actmax": "activation max."}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,32 +69,34 @@ def run(arguments: Arguments) -> None:
 
 
 def show(explanation: "Explanation", out: Path) -> None:
-    """The page's path, the feature's name and the table of four answers, on stdout; warnings on stderr."""
+    """The table of four answers, what was reached, the feature's name and the page's path; warnings on stderr."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    named = printable(explanation.name) if explanation.name else "no name"
-    table = Table(title=Text(f"{explanation.feature} ({named})"), caption=_caption(explanation))
+    from tiltscope.engine.report.words import ANSWERS, METRIC_ROWS, number
+
+    named = printable(explanation.name) if explanation.name else "without a name"
+    table = Table()
     table.add_column("")
     for answer in explanation.answers:
-        table.add_column(TITLES[answer], justify="right")
-    for metric, title, form in ROWS:
-        values = [explanation.metrics[answer].get(metric) for answer in explanation.answers]
-        if any(value is not None for value in values):
-            table.add_row(title, *("-" if value is None else form.format(value) for value in values))
-    Console(soft_wrap=False).print(table)
-    for warning in (*explanation.warnings, *(f"{TITLES[name]}: {note}" for name, note in explanation.notes.items())):
-        say(f"note: {printable(warning)}")
-    print(f"feature  {explanation.feature} ({named})")
-    print(f"page     {(out / 'index.html').resolve()}")
-
-
-def _caption(explanation: "Explanation") -> str:
+        table.add_column(ANSWERS[answer].short, justify="right")
+    for metric in ROWS:
+        words, cells = METRIC_ROWS[metric], list[str]()
+        for values in (explanation.metrics[answer] for answer in explanation.answers):
+            error = values.get(words.error) if words.error else None
+            cells.append(number(values[metric], words.digits) + (f" ± {number(error, words.digits)}" if error else ""))
+        table.add_row(Text(f"{words.label} ({words.unit})"), *cells)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
     reached = explanation.metrics["tilt"]
-    mean, error = reached["activation_mean"], reached["activation_se"]
-    return (
-        f"target {explanation.target:.3f} (quantile {explanation.target_quantile:.4f} of natural), "
-        f"lambda {explanation.lam:.3f}; reached {mean if mean is None else round(mean, 3)}"
-        f" ± {error if error is None else round(error, 3)}; {explanation.calibration.ess:.0f} effective natural pictures"
+    print(
+        f"target    {number(explanation.target, 3)} (quantile {explanation.target_quantile:.4f} of natural activation), "
+        f"lambda {number(explanation.lam, 3)}; reached {number(reached['activation_mean'], 3)} "
+        f"± {number(reached['activation_se'], 3)}"
     )
+    print(f"feature   {explanation.feature} ({named})")
+    print(f"page      {(out / 'index.html').resolve()}")
+    for warning in explanation.warnings:
+        say(f"note: {printable(warning)}")
+    for answer, note in explanation.notes.items():
+        say(f"note: {ANSWERS[answer].title}: {printable(note)}")
