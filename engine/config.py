@@ -124,18 +124,19 @@ class SampleConfig:
             self._set(lam=_finite("lam", self.lam))
 
     def _check_indices(self) -> None:
-        if self.indices is None:
+        given: Any = self.indices  # what a caller gave need not be what the annotation says
+        if given is None:
             return
-        if isinstance(self.indices, str) or not isinstance(self.indices, Sequence):
-            raise ConfigError(f"indices: got {self.indices!r}, allowed is a list of whole numbers")
-        for index in self.indices:
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise ConfigError(f"indices: got {given!r}, allowed is a list of whole numbers")
+        for index in given:
             _whole("indices", index, 0, 2**31 - 1)
-        if len(set(self.indices)) != len(self.indices):
-            twice = next(index for index in self.indices if self.indices.count(index) > 1)
+        if len(set(given)) != len(given):
+            twice = next(index for index in given if given.count(index) > 1)
             raise ConfigError(f"indices: {twice} is given twice; an index is one picture, name each once")
-        if len(self.indices) != self.num:
-            raise ConfigError(f"indices: got {len(self.indices)} of them for num={self.num}; the two must agree")
-        self._set(indices=tuple(self.indices))
+        if len(given) != self.num:
+            raise ConfigError(f"indices: got {len(given)} of them for num={self.num}; the two must agree")
+        self._set(indices=tuple(given))
 
     def _check_interval(self) -> None:
         if self.guidance_interval is None:
@@ -172,7 +173,8 @@ class SampleConfig:
         for name in values:
             if name not in known:
                 raise ConfigError(f"config: unknown key {name!r}, allowed are {', '.join(known)}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        given: dict[str, Any] = {name: _untangled(value) for name, value in values.items()}
+        return cls(**given)
 
     def identity(self, *parts: str) -> str:
         """64 hex digits over `parts` (command, bundle, feature) and every resolved setting that decides the pictures."""
@@ -197,6 +199,11 @@ class ExplainConfig(SampleConfig):
         for name in ("lam", "target_activation"):
             if getattr(self, name) is not None:
                 raise ConfigError(f"target_quantile and {name}: got both; give one, the other follows from it")
+
+
+def _untangled(value: Any) -> Any:
+    """JSON's list as the tuple it was."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _whole(name: str, value: Any, low: int, high: int, *, hint: str = "") -> None:

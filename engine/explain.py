@@ -9,7 +9,7 @@ The three rivals are held to the activation that the tilt reached, so what is co
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -69,7 +69,7 @@ class _Stopwatch:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @contextmanager
-    def __call__(self, component: str) -> Iterator[None]:
+    def __call__(self, component: str) -> Generator[None]:
         if self.announce is not None:
             self.announce(PARTS[component])
         started = time.perf_counter()

@@ -39,7 +39,7 @@ class Progress(NamedTuple):
     row: int
     num_rows: int
     sigma: float
-    index: tuple[int, ...]
+    indices: tuple[int, ...]
     activation: Float[Tensor, "batch"]
     preview: Float[Tensor, "batch ..."]
 
@@ -296,14 +296,21 @@ def _strength(
     """lambda (one, or by index) and what the natural activations say of it."""
     if isinstance(config.lam, tuple):
         return dict(zip(config.all_indices, config.lam, strict=True)), None
-    if config.lam is not None:
-        # lam = 0 asks nothing of the feature, not even that it varies.
-        silent = natural is None or (config.lam == 0 and np.ptp(natural) == 0)
-        return config.lam, None if silent else estimates(natural, config.lam, log_tilt=log_tilt)
+    if natural is None or config.target_activation is None:  # lam was given: prepare refuses neither
+        return _given_strength(config.lam or 0.0, natural, log_tilt)
     found = calibrate(natural, config.target_activation, log_tilt=log_tilt)
     if not found.feasible:
         raise CalibrationError(found.reason)
     return found.lam, found
+
+
+def _given_strength(
+    lam: float, natural: NDArray[np.float64] | None, log_tilt: LogTilt
+) -> tuple[float, Calibration | None]:
+    # lam = 0 asks nothing of the feature, not even that it varies.
+    if natural is None or (lam == 0 and np.ptp(natural) == 0):
+        return lam, None
+    return lam, estimates(natural, lam, log_tilt=log_tilt)
 
 
 def failures(samples: Samples, plan: Plan) -> list[dict[str, Any]]:
