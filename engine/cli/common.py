@@ -61,7 +61,8 @@ def follow(tracker: Any, run: Any, num: int, *, finished: int = 0) -> Any:
 
     def on_step(told: Any) -> None:
         nonlocal drawn
-        tracker.set(drawn * rows + told.row + 1, buckets * rows, samples=min(num, finished + drawn * bucket), num=num)
+        steps = drawn * rows + told.row + 1
         drawn += told.row + 1 == rows
+        tracker.set(steps, buckets * rows, samples=min(num, finished + drawn * bucket), num=num)
 
     return on_step

@@ -77,6 +77,8 @@ def show(explanation: "Explanation", out: Path) -> None:
     from tiltscope.engine.report.words import ANSWERS, METRIC_ROWS, number
 
     named = printable(explanation.name) if explanation.name else "without a name"
+    # A narrow terminal has room for the numbers or for the units; the page shows both.
+    console = Console(width=None if sys.stdout.isatty() else 110)
     table = Table()
     table.add_column("")
     for answer in explanation.answers:
@@ -86,8 +88,8 @@ def show(explanation: "Explanation", out: Path) -> None:
         for values in (explanation.metrics[answer] for answer in explanation.answers):
             error = values.get(words.error) if words.error else None
             cells.append(number(values[metric], words.digits) + (f" ± {number(error, words.digits)}" if error else ""))
-        table.add_row(Text(f"{words.label} ({words.unit})"), *cells)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+        table.add_row(Text(f"{words.label} ({words.unit})" if console.width >= 110 else words.label), *cells)
+    console.print(table)
     reached = explanation.metrics["tilt"]
     print(
         f"target    {number(explanation.target, 3)} (quantile {explanation.target_quantile:.4f} of natural activation), "

@@ -125,7 +125,7 @@ def test_progress_goes_to_stderr_in_plain_lines(cli, tiny_bundle: Path, monkeypa
     json.loads(done.out)
     lines = done.err.splitlines()
     assert lines[0].endswith("...")
-    assert any("step 6 of 6, 2 of 4 samples" in line for line in lines), lines
+    assert any("step 6 of 6, 4 of 4 samples" in line for line in lines), lines
     assert "\r" not in done.err
     assert "\x1b" not in done.err
 
