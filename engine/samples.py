@@ -51,7 +51,7 @@ class Samples:
         return len(self.index)
 
     def save(self, folder: str | Path) -> Path:
-        """Write pictures, tensors and manifest (files: docs/files.md). Raises ConfigError where `folder` cannot hold them."""
+        """Write pictures, tensors and manifest. Raises ConfigError where `folder` cannot hold them."""
         from tiltscope.engine.report.writer import save_samples
 
         return save_samples(self, Path(folder))
