@@ -26,11 +26,11 @@ def explanation(bundle):
 
 def test_four_answers_with_every_metric(explanation):
     assert list(explanation.answers) == ["tilt", "topk", "hard", "actmax"]
-    for answer, samples in explanation.answers.items():
-        assert set(explanation.metrics[answer]) == set(METRICS)
+    for name, samples in explanation.answers.items():
+        assert set(explanation.metrics[name]) == set(METRICS)
         assert samples.images is not None
         assert len(samples.images) == len(samples.activation) == len(samples.index)
-        mean = explanation.metrics[answer]["activation_mean"]
+        mean = explanation.metrics[name]["activation_mean"]
         assert mean == pytest.approx(float(samples.activation.mean()), abs=1e-5)
 
 
@@ -120,7 +120,7 @@ def test_what_is_refused(bundle, settings, error, words):
 
 @pytest.mark.parametrize("text", ["blocks.1:sae:24", "blocks.1:sae:-1", "blocks.9:sae:0", "blocks.1:lda:0", "clock"])
 def test_features_that_do_not_exist(bundle, text):
-    with pytest.raises(ConfigError, match="allowed|0 or above|for example blocks"):
+    with pytest.raises(ConfigError, match=r"allowed|0 or above|for example blocks"):
         tiltscope.explain(bundle, text, **SETTINGS)
 
 

@@ -1,6 +1,7 @@
 """Slots and ticks: unlike plans share a batch, a failing sample stops alone, and each row costs what it must."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +38,10 @@ class Counting:
         return self.inner.measure(x0, readout)
 
 
-def programme(*plans, log_tilts=(Linear(),)):
+LINEAR = Linear()
+
+
+def programme(*plans, log_tilts=(LINEAR,)):
     step = Counting(TorchStep(WORLD.prior, WORLD.feature), [])
     return Programme(plans=plans, log_tilts=log_tilts, step=step, shape=WORLD.shape, dtype=torch.float64)
 
@@ -154,6 +158,6 @@ def test_on_step_sees_every_row_and_may_stop():
 
     samples = tiltscope.sample(WORLD.prior, WORLD.feature, num=2, lam=0.3, steps=9, on_step=on_step)
     assert [row for row, _, _ in seen] == list(range(6))
-    assert all(earlier > later for (_, earlier, _), (_, later, _) in zip(seen, seen[1:], strict=False))
+    assert all(earlier > later for (_, earlier, _), (_, later, _) in pairwise(seen))
     assert samples.ok.tolist() == [False, False]
     assert samples.nfe.tolist() == [6, 6]
