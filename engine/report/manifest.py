@@ -86,8 +86,7 @@ def repeat_command(manifest: Mapping[str, Any]) -> str | None:
 
 def _flag(name: str, value: Any) -> str:
     text = ",".join(map(str, cast(Sequence[Any], value))) if isinstance(value, list | tuple) else str(value)
-    # A negative number by itself would be read as another flag.
-    return f"--{name.replace('_', '-')}{'=' if text.startswith('-') else ' '}{shlex.quote(text)}"
+    return f"--{name.replace('_', '-')} {shlex.quote(text)}"
 
 
 def dump(manifest: Mapping[str, Any]) -> bytes:

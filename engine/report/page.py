@@ -15,7 +15,6 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from tiltscope.engine.report.metrics import ess_in_words, prior_warning
 from tiltscope.engine.report.pictures import (
     GRID_LIMIT,
     data_uri,
@@ -27,6 +26,7 @@ from tiltscope.engine.report.pictures import (
     to_array,
 )
 from tiltscope.engine.report.plot import Lane, histogram
+from tiltscope.engine.report.trust import as_mapping, log_tilt_spec, trust_lines, warning_lines
 from tiltscope.engine.report.words import (
     ANSWERS,
     METRIC_ROWS,
@@ -35,10 +35,9 @@ from tiltscope.engine.report.words import (
     missing_reason,
     number,
     percent,
-    times,
+    sentence,
 )
 from tiltscope.engine.samples import Explanation, Samples
-from tiltscope.engine.tilt.log_tilt import parse_log_tilt
 
 # Twice the size of a tile, for dense screens; larger pictures only make the page heavy.
 _LONGEST_SIDE = 256
@@ -83,22 +82,13 @@ class Cell:
     footnote: int | None
 
 
-@dataclass(frozen=True)
-class Trust:
-    """One line of "How far to trust this"."""
-
-    what: str
-    value: str
-    sentence: str
-
-
 def render(explanation: Explanation, manifest: Mapping[str, Any]) -> str:
     """The page. manifest: as it stands in the folder (manifest.complete)."""
     answers = {name: explanation.answers[name] for name in ANSWERS if name in explanation.answers}
     largest = _largest_heat(answers.values())
     rows, footnotes = _table(explanation, list(answers))
-    spec = _log_tilt(manifest)
-    bundle = _mapping(manifest.get("bundle"))
+    spec = log_tilt_spec(manifest)
+    bundle = as_mapping(manifest.get("bundle"))
     return _template().render(
         feature=explanation.feature,
         name=explanation.name,
@@ -113,12 +103,12 @@ def render(explanation: Explanation, manifest: Mapping[str, Any]) -> str:
         footnotes=footnotes,
         plots=_plots(explanation, answers, spec),
         num_natural=f"{len(explanation.natural):,}",
-        trust=_trust(explanation, manifest, spec),
-        warnings=_warnings(explanation),
+        trust=trust_lines(explanation, manifest, spec),
+        warnings=warning_lines(explanation),
         repeat=_unbroken(manifest.get("repeat")),
         seed=answers["tilt"].seed,
         bundle=bundle,
-        attribution=[_mapping(each) for each in cast(Iterable[Any], bundle.get("attribution") or ())],
+        attribution=[as_mapping(each) for each in cast(Iterable[Any], bundle.get("attribution") or ())],
         provenance=_provenance(manifest, bundle),
     )
 
@@ -132,6 +122,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["sentence"] = sentence
     return environment.get_template("page.html.jinja")
 
 
@@ -258,103 +249,14 @@ def _plots(explanation: Explanation, answers: Mapping[str, Samples], spec: str) 
     ]
 
 
-def _trust(explanation: Explanation, manifest: Mapping[str, Any], spec: str) -> list[Trust]:
-    calibration, tilt = explanation.calibration, explanation.answers["tilt"]
-    labels = {
-        "approximate": "Guidance plugs one estimate of the clean picture into the reweighting: the draws approximate the tilt, "
-        "and how closely is not known.",
-        "consistent": "The draws converge to the tilt of the discretised prior.",
-    }
-    lines = [
-        Trust("Draws", tilt.target, labels.get(tilt.target, "")),
-        _reached(explanation, spec),
-        Trust(
-            "Support",
-            f"ESS {number(calibration.ess, 1)}",
-            f"{ess_in_words(calibration.ess).capitalize()}; the heaviest of {len(explanation.natural):,} has "
-            f"{percent(calibration.max_weight)} of the weight.",
-        ),
-        Trust("Tilt", f"λ = {number(explanation.lam, 3)}", _weighting(spec)),
-        Trust(
-            "Distance from natural",
-            f"KL = {number(_value(manifest, 'kl', calibration.kl))} nats",
-            f"About {times(calibration.kl)} natural pictures hold one such as these. "
-            f"Estimated from {_source(manifest, 'kl')}.",
-        ),
-        Trust(
-            "Normaliser",
-            f"log Z = {number(_value(manifest, 'log_z', calibration.log_z))} nats",
-            f"Estimated from {_source(manifest, 'log_z')}.",
-        ),
-    ]
-    if math.isfinite(explanation.prior_mean):
-        away = abs(explanation.prior_mean - explanation.natural_mean)
-        errors = (
-            f"{number(away / explanation.prior_mean_se, 1)} standard errors apart"
-            if explanation.prior_mean_se > 0
-            else ""
-        )
-        num = _mapping(manifest.get("prior_check")).get("num")
-        lines.append(
-            Trust(
-                "Prior against pool",
-                f"{number(explanation.prior_mean)} ± {number(explanation.prior_mean_se)}",
-                f"mean activation of {f'{num} ' if num else ''}unguided draws; natural pictures have "
-                f"{number(explanation.natural_mean)}{f': {errors}' if errors else ''}.".capitalize(),
-            )
-        )
-    return lines
-
-
-def _weighting(spec: str) -> str:
-    if spec == "linear":
-        return "Per unit of activation: natural pictures are reweighted by exp(λ · activation)."
-    return f"Per unit of φ: natural pictures are reweighted by exp(λ · φ(activation)), φ = {spec}."
-
-
-def _reached(explanation: Explanation, spec: str) -> Trust:
-    tilt = explanation.answers["tilt"]
-    phi = parse_log_tilt(spec).phi(tilt.activation[tilt.ok].double().numpy())
-    target = explanation.target
-    if len(phi) == 0:
-        return Trust("Reached", MISSING, f"No draw is finite; wanted was {number(target)}.")
-    mean = float(phi.mean())
-    if len(phi) == 1:
-        return Trust("Reached", number(mean), f"Wanted: {number(target)}. One draw has no standard error.")
-    error = float(phi.std(ddof=1)) / math.sqrt(len(phi))
-    side = "above" if mean > target else "below"
-    apart = f", {number(abs(mean - target) / error, 1)} standard errors {side}" if error > 0 else ""
-    return Trust(
-        "Reached", f"{number(mean)} ± {number(error)}", f"Wanted: {number(target)}. Mean of {len(phi):,} draws{apart}."
-    )
-
-
 def _unbroken(command: str | None) -> list[str]:
     """The command in pieces that a line should not break: each flag with its value."""
     return [] if not command else re.split(r" (?=--[a-z])", command)
 
 
-def _warnings(explanation: Explanation) -> list[str]:
-    """The explanation's own, and the prior's disagreement with the pool should it not be among them."""
-    told = list(explanation.warnings)
-    if math.isfinite(explanation.prior_mean) and math.isfinite(explanation.prior_mean_se):
-        found = prior_warning(explanation.natural_mean, explanation.prior_mean, explanation.prior_mean_se)
-        told += [found] if found and found not in told else []
-    return [f"{each[:1].upper()}{each[1:]}" + ("" if each.endswith(".") else ".") for each in told]
-
-
-def _value(manifest: Mapping[str, Any], name: str, otherwise: float) -> float | None:
-    return _mapping(manifest.get(name)).get("value", otherwise)
-
-
-def _source(manifest: Mapping[str, Any], name: str) -> str:
-    source = _mapping(manifest.get(name)).get("source") or _mapping(manifest.get("calibration")).get("source") or "pool"
-    return {"pool": "the natural pictures of the pool"}.get(str(source), str(source))
-
-
 def _provenance(manifest: Mapping[str, Any], bundle: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     """(what, value, whether it is code) for everything that decides the pictures and is known."""
-    config, prior_seconds = _mapping(manifest.get("config")), _mapping(manifest.get("seconds"))
+    config, prior_seconds = as_mapping(manifest.get("config")), as_mapping(manifest.get("seconds"))
     settings = ", ".join(
         f"{name} {config[name]}" for name in ("solver", "steps", "grid", "lift", "log_tilt") if config.get(name)
     )
@@ -363,7 +265,7 @@ def _provenance(manifest: Mapping[str, Any], bundle: Mapping[str, Any]) -> list[
         for name, value in prior_seconds.items()
         if value is not None
     )
-    versions = ", ".join(f"{name} {value}" for name, value in _mapping(manifest.get("versions")).items() if value)
+    versions = ", ".join(f"{name} {value}" for name, value in as_mapping(manifest.get("versions")).items() if value)
     runs = ", ".join(str(manifest[name]) for name in ("runner", "kernels") if manifest.get(name))
     lines = [
         ("Bundle", bundle.get("name"), False),
@@ -379,11 +281,3 @@ def _provenance(manifest: Mapping[str, Any], bundle: Mapping[str, Any]) -> list[
         ("Licence", bundle.get("licence"), False),
     ]
     return [(what, str(value), code) for what, value, code in lines if value not in (None, "")]
-
-
-def _log_tilt(manifest: Mapping[str, Any]) -> str:
-    return str(_mapping(manifest.get("config")).get("log_tilt") or "linear")
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}

@@ -111,6 +111,11 @@ def missing_reason(metric: str, answer: str) -> str:
     return reasons.get(answer) or reasons.get("") or "no picture of this answer is finite, or it was not measured"
 
 
+def sentence(text: str) -> str:
+    """A clause as a sentence: a capital first (the rest untouched, unlike str.capitalize), a full stop last."""
+    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "!", "?")) or not text else ".")
+
+
 def number(value: float | None, digits: int = 2) -> str:
     """A number as the page shows it: a true minus sign, thousands apart, an en dash where there is none.
 
@@ -118,7 +123,7 @@ def number(value: float | None, digits: int = 2) -> str:
     """
     if value is None or not math.isfinite(value):
         return MISSING
-    if value != 0 and abs(value) < 0.5 * 10**-digits:
+    if value != 0 and abs(value) <= 0.5 * 10**-digits:
         text = f"{value:.1e}" if abs(value) < 1e-4 else f"{value:.2g}"
     else:
         text = f"{value:,.{digits}f}"
@@ -132,8 +137,9 @@ def percent(share: float) -> str:
     return f"{number(100 * share, digits)} %"
 
 
-def times(value: float) -> str:
-    """exp of a number of nats, as a count of pictures in two digits."""
-    if value > math.log(1e6):
-        return f"10^{value / math.log(10):.1f}"
-    return f"{int(float(f'{math.exp(max(value, 0)):.2g}')):,}"
+def pictures_for(nats: float) -> str:
+    """exp(nats) natural pictures, to two digits: "about 71 natural pictures"."""
+    if nats > math.log(1e6):
+        return f"about 10^{nats / math.log(10):.1f} natural pictures"
+    num = int(float(f"{math.exp(max(nats, 0)):.2g}"))
+    return f"about {num:,} natural picture{'s' if num > 1 else ''}"

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from torch import Tensor
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.report import manifest as manifests
 from tiltscope.engine.report.atomic import clear_temporaries, write_bytes
+from tiltscope.engine.report.layout import about, is_pictured, picture_name, tensors_of, write_grid, write_metadata
 from tiltscope.engine.report.page import render
-from tiltscope.engine.report.pictures import GRID_LIMIT, decode_png, encode_png, grid, to_array
-from tiltscope.engine.report.shards import SHARD, IndexSet, TensorFile, merge, open_tensors, select, write_tensors
+from tiltscope.engine.report.pictures import GRID_LIMIT, encode_png, to_array
+from tiltscope.engine.report.shards import SHARD, IndexSet, merge, open_tensors, select, write_tensors
 from tiltscope.engine.samples import Explanation, Samples
 
 # Above this the manifest shows the first GRID_LIMIT samples and names the files that list all of them.
@@ -104,13 +105,11 @@ class SampleWriter:
                 pictures.mkdir(parents=True, exist_ok=True)
                 for row, index, good in zip(rows.tolist(), indices, ok, strict=True):
                     if good:
-                        write_bytes(
-                            pictures / _picture_name(index, chunk.seed), encode_png(to_array(chunk.images[row]))
-                        )
+                        write_bytes(pictures / picture_name(index, chunk.seed), encode_png(to_array(chunk.images[row])))
             # Named by its indices: the same chunk drawn again replaces its part.
             name = f"{shard:07d}-{hashlib.sha256(json.dumps(indices).encode()).hexdigest()[:16]}.safetensors"
             self._parts.mkdir(exist_ok=True)
-            write_tensors(self._parts / name, _tensors(chunk, rows), _about(chunk))
+            write_tensors(self._parts / name, tensors_of(chunk, rows), about(chunk))
             for index, good in zip(indices, ok, strict=True):
                 if good:
                     self._done.add(index)
@@ -131,7 +130,7 @@ class SampleWriter:
             self._merge(None)
         if self._parts.is_dir():
             self._parts.rmdir()
-        _write_grid(self._folder, self._first_pictures())
+        write_grid(self._folder, self._first_pictures())
         listed, more = [], False
         for row in self.rows():
             if len(listed) == LISTED_IN_MANIFEST:
@@ -197,7 +196,7 @@ class SampleWriter:
                 folder = self._pictures(index // SHARD)
                 if folder not in there:
                     there[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
-                if ok and (not _pictured(source) or _picture_name(index, seed) in there[folder]):
+                if ok and (not is_pictured(source) or picture_name(index, seed) in there[folder]):
                     self._done.add(index)
 
     def _split(self) -> None:
@@ -229,7 +228,7 @@ class SampleWriter:
         chosen = select(sources)
         indices = sorted(index for index in chosen if shard is None or index // SHARD == shard)
         merge(path, [chosen[index] for index in indices], sources[-1].metadata)
-        _write_metadata(self._pictures(shard), open_tensors(path))
+        write_metadata(self._pictures(shard), open_tensors(path))
         for part in parts:
             part.unlink()
 
@@ -237,13 +236,13 @@ class SampleWriter:
         first: list[Path] = []
         for path in self._tensor_paths():
             source = open_tensors(path)
-            if source is None or not _pictured(source):
+            if source is None or not is_pictured(source):
                 continue
             for index, seed, ok in zip(
                 *(source.column(name).tolist() for name in ("index", "seed", "ok")), strict=True
             ):
                 if ok:
-                    first.append(self._pictures(index // SHARD) / _picture_name(index, seed))
+                    first.append(self._pictures(index // SHARD) / picture_name(index, seed))
                 if len(first) == GRID_LIMIT:
                     return first
         return first
@@ -305,13 +304,13 @@ def _write_answer(folder: Path, samples: Samples) -> None:
             pictures.mkdir(parents=True, exist_ok=True)
             clear_temporaries(pictures)
             for row in rows[samples.ok[rows]].tolist():
-                path = pictures / _picture_name(int(samples.index[row]), samples.seed)
+                path = pictures / picture_name(int(samples.index[row]), samples.seed)
                 write_bytes(path, encode_png(to_array(samples.images[row])))
                 kept.add(path)
                 first += [path] if len(first) < GRID_LIMIT else []
         path = folder / (f"samples-{number:05d}.safetensors" if sharded else "samples.safetensors")
-        write_tensors(path, _tensors(samples, rows), _about(samples))
-        _write_metadata(pictures, open_tensors(path))
+        write_tensors(path, tensors_of(samples, rows), about(samples))
+        write_metadata(pictures, open_tensors(path))
         kept |= {path, pictures / "metadata.jsonl"}
     for path in (*folder.glob("samples*.safetensors"), *folder.glob("samples/**/*_seed*.png")):
         if path not in kept:
@@ -319,38 +318,7 @@ def _write_answer(folder: Path, samples: Samples) -> None:
     for path in folder.glob("samples/**/metadata.jsonl"):
         if path not in kept:
             path.unlink()
-    _write_grid(folder, first)
-
-
-def _write_grid(folder: Path, pictures: Sequence[Path]) -> None:
-    path = folder / "samples.png"
-    if pictures:
-        write_bytes(path, encode_png(grid([decode_png(each.read_bytes()) for each in pictures])))
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _write_metadata(folder: Path, source: TensorFile | None) -> None:
-    """metadata.jsonl for an image folder; nothing where there are no pictures."""
-    if source is None or not _pictured(source):
-        return
-    feature = source.metadata["feature"]
-    names = ("lam", "activation", "seed", "index")
-    columns = [source.column(name).tolist() for name in ("ok", *names)]
-    lines = [
-        {"file_name": _picture_name(values[3], values[2]), "feature": feature} | dict(zip(names, values, strict=True))
-        for ok, *values in zip(*columns, strict=True)
-        if ok
-    ]
-    content = "".join(f"{json.dumps(_without_nan(line), ensure_ascii=False)}\n" for line in lines)
-    if lines:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / "metadata.jsonl", content.encode())
-
-
-def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
-    # The pool's pictures have no lambda, and JSON has no NaN.
-    return {name: None if isinstance(value, float) and value != value else value for name, value in line.items()}
+    write_grid(folder, first)
 
 
 def _pieces(index: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -361,26 +329,6 @@ def _pieces(index: Tensor) -> Iterator[tuple[int, Tensor]]:
     for shard, rows in shards.items():
         for start in range(0, len(rows), _PIECE):
             yield shard, torch.tensor(rows[start : start + _PIECE])
-
-
-def _tensors(samples: Samples, rows: Tensor) -> dict[str, Tensor]:
-    names = ("x0", "activation", "drive", "lam", "index", "nfe", "n_vjp", "ok", "heat", "weights")
-    held = {name: getattr(samples, name) for name in names}
-    # uint64: seeds reach 2^64 - 1.
-    seed = torch.full((len(rows),), samples.seed, dtype=torch.uint64)
-    return {name: each[rows] for name, each in held.items() if each is not None} | {"seed": seed}
-
-
-def _about(samples: Samples) -> dict[str, str]:
-    return {"format": "pt", "feature": samples.feature, "pictures": "no" if samples.images is None else "png"}
-
-
-def _pictured(source: TensorFile) -> bool:
-    return source.metadata.get("pictures") == "png"
-
-
-def _picture_name(index: int, seed: int) -> str:
-    return f"{index:03d}_seed{seed}.png"
 
 
 def _shard_of(part: Path) -> int:
@@ -397,6 +345,3 @@ def _content_identity(samples: Samples) -> str:
     )
     digest.update(samples.x0.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-__all__: Iterable[str] = ("SampleWriter", "check_folder", "save_explanation", "save_samples")
