@@ -12,7 +12,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 SHARDS := 2
-DEMO_FEATURE ?=
+# What `make demo` explains: FEATURE=blocks.5:sae:12 make demo
+FEATURE ?= blocks.5:sae:137
 
 # The repository root must never be on sys.path: its kernels/ would shadow a distribution that transformers looks for.
 export PYTHONSAFEPATH := 1
@@ -27,6 +28,7 @@ $(VENV)/bin/python:
 
 # What users get. PyPI's torch is the CPU build of constraints/ wherever the registry has one.
 $(VENV)/.installed: pyproject.toml constraints/cpu.txt | $(VENV)/bin/python
+	@echo 'setting up $(VENV): a few minutes, once'
 	$(RUN) -m pip install --quiet --constraint constraints/cpu.txt --editable .
 	@touch $@
 
@@ -36,7 +38,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed
-	@$(RUN) tools/demo.py $(DEMO_FEATURE)
+	@$(VENV)/bin/tiltscope explain $(FEATURE) --out "tiltscope-demo-$$(date +%Y%m%d-%H%M%S)"
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest
@@ -59,7 +61,7 @@ wheel-check: $(VENV)/.installed-dev
 	$(RUN) tools/wheel_check.py
 
 train: $(VENV)/.installed-dev
-	sh tools/train_all.sh
+	PYTHON=$(RUN) sh tools/train_all.sh
 
 # How many shards the slow tier has: .ci/run asks.
 shards:

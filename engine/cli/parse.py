@@ -33,10 +33,7 @@ def parse(kind: type[Arguments], words: Sequence[str], *, prog: str) -> Argument
     except SystemExit as left:
         if left.code == 0:
             raise
-        cause = left.__context__
-        while cause is not None and not isinstance(cause, ConfigError):
-            cause = cause.__context__
-        raise cause or ConfigError(f"{_one_line(complaint.getvalue())}; see {prog} --help") from None
+        raise ConfigError(f"{_one_line(complaint.getvalue())}; see {prog} --help") from None
 
 
 def _one_line(boxed: str) -> str:

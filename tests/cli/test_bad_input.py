@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,9 +165,18 @@ class TestOut:
     """OUT is refused before anything is drawn, and stays as it was."""
 
     def refused(self, cli, command, tiny_bundle: Path, out: object) -> str:
-        done = cli(*command, "--quiet", "--bundle", tiny_bundle, "--out", out)
-        assert done.code == 2
+        def draw(*_: object, **__: object) -> None:
+            raise AssertionError("drawn before the folder was looked at")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tiltscope.engine.sample.Run.draw", draw)
+            done = self.call(cli, command, tiny_bundle, out)
         return one_line(done.err)
+
+    def call(self, cli, command, tiny_bundle: Path, out: object) -> Any:
+        done = cli(*command, "--quiet", "--bundle", tiny_bundle, "--out", out)
+        assert done.code == 2, done.err
+        return done
 
     def test_a_file(self, cli, folder: Path, tiny_bundle: Path, command) -> None:
         (folder / "out").write_text("mine")
