@@ -15,13 +15,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tiltscope.engine.batch_invariant import Linear, gelu, silu
 from tiltscope.engine.errors import BundleError
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "silu": silu}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +119,10 @@ class Attention(nn.Module):
         d = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.scale = (d // self.num_heads) ** -0.5
-        self.q_proj = nn.Linear(d, d, bias=config.query_bias)
-        self.k_proj = nn.Linear(d, d, bias=config.key_bias)
-        self.v_proj = nn.Linear(d, d, bias=config.value_bias)
-        self.o_proj = nn.Linear(d, d, bias=config.proj_bias)
+        self.q_proj = Linear(d, d, bias=config.query_bias)
+        self.k_proj = Linear(d, d, bias=config.key_bias)
+        self.v_proj = Linear(d, d, bias=config.value_bias)
+        self.o_proj = Linear(d, d, bias=config.proj_bias)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [b, heads, tokens, head_width]
@@ -149,9 +149,9 @@ class MLP(nn.Module):
         super().__init__()
         d, hidden = config.hidden_size, config.intermediate_size
         self.act = ACTIVATIONS[config.hidden_act]
-        self.up_proj = nn.Linear(d, hidden, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(hidden, d, bias=config.mlp_bias)
-        self.gate_proj = nn.Linear(d, hidden, bias=config.mlp_bias) if config.use_gated_mlp else None
+        self.up_proj = Linear(d, hidden, bias=config.mlp_bias)
+        self.down_proj = Linear(hidden, d, bias=config.mlp_bias)
+        self.gate_proj = Linear(d, hidden, bias=config.mlp_bias) if config.use_gated_mlp else None
 
     def forward(self, h: Float[Tensor, "batch tokens d"]) -> Float[Tensor, "batch tokens d"]:
         up = self.up_proj(h)

@@ -1,7 +1,7 @@
 """Noise levels of a diffusion network: its schedule as sigma, and its own time t as a function of sigma.
 
     alpha_bar_t = prod_{s <= t} (1 - beta_s)     alpha = sqrt(alpha_bar)     sigma = sqrt(1 - alpha_bar)
-    theta = atan2(sigma, alpha)                  in [0, pi/2], the noise angle
+    theta = asin(sigma) = atan2(sigma, alpha)    in [0, pi/2], the noise angle
 
 Everything is float64: near sigma = 1 float32 loses alpha by up to 2 %. This module knows schedules; it must not know networks.
 """
@@ -100,8 +100,11 @@ def alpha_from_sigma(sigma: Float64[Tensor, "*batch"]) -> Float64[Tensor, "*batc
 
 
 def theta_from_sigma(sigma: Float64[Tensor, "*batch"]) -> Float64[Tensor, "*batch"]:
-    """theta = atan2(sigma, alpha), in [0, pi/2]."""
-    return torch.atan2(sigma, alpha_from_sigma(sigma))
+    """theta = asin(sigma), in [0, pi/2].
+
+    Not atan2(sigma, alpha): torch's answers differently at the end of a batch (engine/batch_invariant.py).
+    """
+    return torch.asin(sigma)
 
 
 def time_from_sigma(

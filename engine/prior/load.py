@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tiltscope.engine.batch_invariant import replace_modules
 from tiltscope.engine.errors import BundleError
 from tiltscope.engine.files import read_json, read_tensors
 from tiltscope.engine.prior.levels import sigma_levels
@@ -72,6 +73,8 @@ def load_unet2d(folder: Path, shape: tuple[int, ...], pixel_unshuffle: int) -> n
         unet.load_state_dict(read_tensors(folder / WEIGHTS), assign=True)
     except RuntimeError as error:
         raise BundleError(f"{folder / WEIGHTS} does not hold the weights that {CONFIG} describes: {error}") from error
+    # Only now: loading needs the parameters where diffusers has them, sampling needs bits that no batch mate can change.
+    replace_modules(unet)
     return unet
 
 
