@@ -96,6 +96,17 @@ class Bundle:
             raise BundleError(f"{self.path / DESCRIPTION}: {key} must be a {kind.__name__}, got {value!r}")
         return value
 
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of it; `location` is what load() opens it by: its name where it is embedded, else its folder."""
+        embedded = embedded_bundles().get(self.name) == self.path
+        return {
+            "name": self.name,
+            "identity": self.identity,
+            "location": self.name if embedded else str(self.path.resolve()),
+            "licence": self.meta.get("licence"),
+            "attribution": self.meta.get("attribution"),
+        }
+
     def verify(self) -> int:
         """Check every file against its hash; the number of files. Raises BundleError naming the first that is wrong."""
         for name in self.files.names:
@@ -235,15 +246,20 @@ class Bundle:
         """Every latent that the bundle has measured, in index order."""
         return list(self._infos)
 
-    def label(self, feature: Feature) -> str | None:
-        """The name of a single latent of this bundle, whatever its pooling; None where it has none."""
+    def info(self, feature: Feature) -> FeatureInfo | None:
+        """What is known of a single latent of this bundle, whatever its pooling; None for any other feature."""
         if feature.address is None or feature.pool is not self.pool:
             return None
-        return self._names.get(f"{feature.address.hook}:{feature.address.kind}:{feature.address.index}")
+        return self._by_address.get(f"{feature.address.hook}:{feature.address.kind}:{feature.address.index}")
+
+    def label(self, feature: Feature) -> str | None:
+        """The name of a single latent of this bundle; None where it has none."""
+        info = self.info(feature)
+        return info.name if info else None
 
     @cached_property
-    def _names(self) -> dict[str, str | None]:
-        return {info.feature: info.name for info in self._infos}
+    def _by_address(self) -> dict[str, FeatureInfo]:
+        return {info.feature: info for info in self._infos}
 
     def evaluator(self) -> "Evaluator":
         """The network that judges and never guides. Raises BundleError where the bundle has none."""

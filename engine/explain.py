@@ -302,12 +302,13 @@ def _heat(feature: Feature, samples: Samples) -> torch.Tensor | None:
 
 def _manifest(inquiry: Inquiry, explanation: Explanation, seconds: dict[str, float]) -> dict[str, Any]:
     run, calibration = inquiry.run, inquiry.calibration
-    tilt = explanation.answers["tilt"]
+    tilt, info = explanation.answers["tilt"], inquiry.bundle.info(inquiry.feature)
     facts = run.describe() | {
         "command": "explain",
         "identity": inquiry.identity,
-        "bundle": {"name": inquiry.bundle.name, "identity": inquiry.bundle.identity},
+        "bundle": inquiry.bundle.describe(),
         "feature_name": explanation.name,
+        "feature_name_source": info.name_source if info else None,
         "config": inquiry.config.to_json(),
         "target": explanation.target,
         "target_quantile": explanation.target_quantile,

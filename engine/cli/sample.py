@@ -40,7 +40,7 @@ def run(arguments: Arguments) -> None:
     out = arguments.out or Path(f"tiltscope-{drawing.identity[:8]}")
     writer = SampleWriter(out, drawing.identity)
     manifest: dict[str, Any] = drawing.describe() | {
-        "bundle": {"name": bundle.name, "identity": bundle.identity},
+        "bundle": bundle.describe(),
         "feature_name": bundle.label(drawing.feature),
     }
     wanted = drawing.config.all_indices

@@ -78,7 +78,8 @@ def repeat_command(manifest: Mapping[str, Any]) -> str | None:
         # A reader wants to see these two even at their defaults.
         if value is not None and (value != each.default or each.name in ("num", "seed")):
             words.append(_flag(each.name, value))
-    name = cast(Mapping[str, Any], bundle).get("name")
+    described = cast(Mapping[str, Any], bundle)
+    name = described.get("location", described.get("name"))
     if name != _DEFAULT_BUNDLE:
         words.append(_flag("bundle", name))
     return " ".join(words)
