@@ -299,19 +299,26 @@ def embedded_bundles() -> dict[str, Path]:
     return {path.name: path for path in found if (path / DESCRIPTION).is_file()}
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long for the file system, say
+        return False
+
+
 def load(name_or_folder: str | PathLike[str]) -> Bundle:
     """Open a bundle: an embedded one by its name, or a folder. Nothing but bundle.json is read yet.
 
     Raises ConfigError where there is no such bundle, BundleError where the folder is not one.
     """
     try:
-        text, embedded = fspath(name_or_folder), embedded_bundles()
+        text, folder, embedded = fspath(name_or_folder), Path(name_or_folder), embedded_bundles()
     except TypeError as error:
         raise ConfigError(f"a bundle is a name or a folder, got {type(name_or_folder).__name__}") from error
     if isinstance(name_or_folder, str) and text in embedded:
         return Bundle(embedded[text])
-    if text and Path(text).is_dir():
-        return Bundle(Path(text))
+    if text and _is_folder(folder):
+        return Bundle(folder)
     hint = (
         " (bundles cannot be fetched from a hub yet: download it and give its folder)"
         if _HUB_ID.fullmatch(text)
