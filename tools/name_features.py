@@ -25,7 +25,8 @@ from data import family
 
 NUM_STRONGEST = 20
 MAX_Q = 0.05
-MIN_FAMILIES = 5
+MIN_FREQUENCY = 5  # families of the training split that have a word at all
+MIN_FAMILIES = 10  # half of the strongest: fewer is significant too, and misleading as a name
 MIN_HELDOUT = 3
 MIN_AUC = 0.7
 STOP = {
@@ -99,9 +100,16 @@ def auc(values: np.ndarray, has: np.ndarray) -> tuple[float, float]:
 
 
 def name_features(
-    activations: np.ndarray, words: list[set[str]], code_points: list[str], heldout: np.ndarray
+    activations: np.ndarray,
+    words: list[set[str]],
+    title_words: list[set[str]],
+    code_points: list[str],
+    heldout: np.ndarray,
 ) -> list[Name | None]:
-    """activations [pictures, latents] -> the name of each latent, or None. Row order is the pool's."""
+    """activations [pictures, latents] -> the name of each latent, or None. Row order is the pool's.
+
+    title_words: those of `words` that stand in the picture's own name; they break ties.
+    """
     families, member = np.unique([family(c) for c in code_points], return_inverse=True)
     num_latents = activations.shape[1]
     strongest = np.zeros((len(families), num_latents), dtype=activations.dtype)
@@ -112,7 +120,7 @@ def name_features(
     held = np.zeros(len(families), dtype=bool)
     held[member] = heldout
     frequency = Counter(w for m, ws in enumerate(family_words) if not held[m] for w in ws)
-    vocabulary = sorted(w for w, n in frequency.items() if n >= MIN_FAMILIES)
+    vocabulary = sorted(w for w, n in frequency.items() if n >= MIN_FREQUENCY)
     has = np.array([[w in ws for w in vocabulary] for ws in family_words])  # [families, words]
 
     train, test = strongest[~held], strongest[held]
@@ -121,15 +129,24 @@ def name_features(
     counts = (has[~held][top] & drawn[..., None]).sum(0)  # [latents, words]
     p = enrichment(counts, has[~held].sum(0), NUM_STRONGEST, int((~held).sum()))
     q = benjamini_hochberg(p)
+    titled = np.zeros((len(families), len(vocabulary)), dtype=bool)
+    place = {w: i for i, w in enumerate(vocabulary)}
+    for i, m in enumerate(member):
+        titled[m, [place[w] for w in title_words[i] if w in place]] = True
+    in_title = (titled[~held][top] & drawn[..., None]).sum(0)
+
     names: list[Name | None] = []
     for j in range(num_latents):
-        best = None
+        found = []
         for w in np.flatnonzero((q[j] <= MAX_Q) & (counts[j] >= MIN_FAMILIES)):
             known = has[held][:, w]
             if known.sum() < MIN_HELDOUT:
                 continue
             area, chance = auc(test[:, j], known)
-            if area >= MIN_AUC and chance <= 0.05 and (best is None or q[j, w] < best.q):
-                best = Name(vocabulary[w], float(q[j, w]), float(area), int(counts[j, w]))
-        names.append(best)
+            if area >= MIN_AUC and chance <= 0.05:
+                found.append((int(in_title[j, w]), Name(vocabulary[w], float(q[j, w]), float(area), int(counts[j, w]))))
+        # Of words that say the same (q within a factor of ten of the best) the one that stands in names, not keywords.
+        limit = 10 * min((name.q for _, name in found), default=0.0)
+        close = [pair for pair in found if pair[1].q <= limit]
+        names.append(max(close, key=lambda pair: (pair[0], pair[1].auc))[1] if close else None)
     return names

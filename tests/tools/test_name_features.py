@@ -27,7 +27,8 @@ def test_only_the_planted_latent_is_named() -> None:
     ]
     activations = np.maximum(rng.standard_normal((n, 50)) - 1, 0).astype(np.float32)
     activations[:, 7] += 3 * has
-    names = name_features(activations, words, [f"{0x1F300 + i:x}" for i in range(n)], rng.random(n) < 0.2)
+    titles = [{"clock"} & w for w in words]
+    names = name_features(activations, words, titles, [f"{0x1F300 + i:x}" for i in range(n)], rng.random(n) < 0.2)
     assert names[7] is not None
-    assert names[7].word in {"clock", "face"}
+    assert names[7].word == "clock"  # 'face' is as frequent, and stands in no name
     assert sum(name is not None for name in names) == 1
