@@ -36,6 +36,7 @@ class Config:
     train: Path = Path("build/train")
     out: Path = Path("engine/_root/bundles/emoji64")
     wheels: Path = Path("build/train/wheels")
+    """where the evaluator's wheel is, or goes"""
     note: str = ""
     num_samples: int = 192
     threads: int = 1
@@ -103,6 +104,8 @@ def training_facts(train: Path, prior: dict[str, Any]) -> dict[str, Any]:
 
     trunk_log, sae_log, prior_log = log("trunk"), log("sae"), log("prior")
     trunk, sae = (next(r for r in reversed(records) if "done" in r) for records in (trunk_log, sae_log))
+    # What a log cannot say: settings given on the command line, a change between two sittings.
+    notes = json.loads((train / "notes.json").read_text()) if (train / "notes.json").exists() else {}
     so_far = [r for r in prior_log if r.get("step", 0) <= prior["step"]]
     return {
         "machine": "2 CPU cores, AVX2, float32, shared with other work",
@@ -113,6 +116,7 @@ def training_facts(train: Path, prior: dict[str, Any]) -> dict[str, Any]:
             "seed": trunk["seed"],
             "crops_seen": trunk["step"] * trunk["batch"] * (2 + Trunk().num_local),
             "command": "tools/train_trunk.py",
+            "note": notes.get("trunk", ""),
             "curve": curve(trunk_log, ("loss", "dino", "ibot", "contrast")),
         },
         "sae": {
@@ -121,6 +125,7 @@ def training_facts(train: Path, prior: dict[str, Any]) -> dict[str, Any]:
             "seed": sae["seed"],
             "tokens_seen": sae["tokens_seen"],
             "command": "tools/train_sae.py",
+            "note": notes.get("sae", ""),
             "curve": curve(sae_log, ("loss", "fvu", "dead")),
         },
         "prior": {
@@ -130,6 +135,7 @@ def training_facts(train: Path, prior: dict[str, Any]) -> dict[str, Any]:
             "seed": Prior().seed,
             "pictures_seen": prior["step"] * Prior().batch,
             "command": "tools/train_prior.py",
+            "note": notes.get("prior", ""),
             "curve": curve(so_far, ("loss", "mse_low", "mse_mid", "mse_high")),
         },
     }
@@ -160,6 +166,9 @@ def write_card(path: Path, facts: dict[str, Any]) -> None:
             pool=SimpleNamespace(**facts["pool"]),
             data=SimpleNamespace(**facts["data"]),
             curve="\n".join(rows),
+            notes="".join(
+                f"\n{name}: {training[name]['note']}" for name in ("trunk", "sae", "prior") if training[name]["note"]
+            ),
         )
     )
 
