@@ -39,7 +39,7 @@ def hard_truncation(activations: Float64[ndarray, "pool"], target: float, num: i
     """`num` pictures drawn without replacement from those with a >= threshold (fewer where fewer are above it).
 
     The threshold is the pool activation whose mean above it is nearest `target`, with at least 5 pictures above it; the
-    higher one where two are as near. Draws follow the seed's own order of the members: the first 4 of 8 are the 4 of num=4.
+    higher one where two are as near; the whole pool, which truncates nothing, only where ties leave no other. Draws follow the seed's own order of the members: the first 4 of 8 are the 4 of num=4.
     Raises ConfigError for a pool of fewer than 5 pictures.
     """
     if len(activations) < MIN_MEMBERS:
@@ -49,6 +49,8 @@ def hard_truncation(activations: Float64[ndarray, "pool"], target: float, num: i
     # A threshold takes all of its ties: sets end where the next activation is smaller.
     sizes = np.append(np.flatnonzero(ranked[1:] < ranked[:-1]) + 1, len(ranked))
     sizes = sizes[sizes >= MIN_MEMBERS]
+    # The whole pool is no truncation: it is left only where no threshold takes less of it.
+    sizes = sizes[:-1] if len(sizes) > 1 else sizes
     means = np.cumsum(ranked)[sizes - 1] / sizes
     nearest = int(np.argmin(np.abs(means - target)))
     members = order[: sizes[nearest]]

@@ -72,7 +72,7 @@ def test_hard_truncation_takes_the_threshold_whose_mean_is_nearest(
     assert found.mean == pytest.approx(activations[found.members].mean())
     for threshold in activations:
         above = activations[activations >= threshold]
-        if len(above) >= 5:
+        if 5 <= len(above) < len(activations):  # the whole pool truncates nothing
             assert abs(found.mean - target) <= abs(above.mean() - target) + 1e-12
     assert len(found.chosen) == min(num, len(found.members))
     assert len(set(found.chosen.tolist())) == len(found.chosen)
@@ -116,3 +116,15 @@ def test_a_set_costs_at_least_what_the_tilt_of_its_own_mean_costs(activations: N
     assume(activations.mean() < mean < activations.max())
     tilt = calibrate(activations, mean)
     assert math.log(len(activations) / 5) >= tilt.kl - 1e-9
+
+
+def test_a_low_target_still_truncates():
+    """A feature that is silent on most pictures: the whole pool's mean may be nearer, and would constrain nothing."""
+    activations = np.concatenate([np.zeros(90), np.linspace(1, 2, 10)])
+    found = hard_truncation(activations, 0.4, 8, seed=0)
+    assert len(found.members) == 10
+    assert found.threshold == 1.0
+
+
+def test_where_everything_ties_the_pool_is_all_there_is():
+    assert len(hard_truncation(np.ones(20), 1.0, 8, seed=0).members) == 20
