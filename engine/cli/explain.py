@@ -57,8 +57,9 @@ def run(arguments: Arguments) -> None:
     out = arguments.out or Path(f"tiltscope-{inquiry.identity[:8]}")
     check_folder(out, inquiry.identity)
     try:
-        with stage("drawing", quiet=quiet) as tracker:
-            explanation = answer(inquiry, on_step=follow(tracker, inquiry.run, inquiry.run.config.num))
+        with stage("answering", quiet=quiet) as tracker:
+            on_step = follow(tracker, inquiry.run, inquiry.run.config.num)
+            explanation = answer(inquiry, on_step=on_step, on_part=tracker.begin)
         explanation.save(out)
     except KeyboardInterrupt:
         raise Stopped("interrupted; the same command starts again") from None

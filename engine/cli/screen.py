@@ -19,6 +19,10 @@ PLAIN_EVERY = 10.0
 class Tracker(Protocol):
     """One stage of a run."""
 
+    def begin(self, what: str) -> None:
+        """What the run does from here on, in words."""
+        ...
+
     def set(self, done: int, total: int, *, samples: int | None = None, num: int | None = None) -> None:
         """`done` of `total` steps, and how many of how many samples are finished."""
         ...
@@ -52,12 +56,18 @@ def stage(what: str, *, quiet: bool) -> Iterator[Tracker]:
 
 
 class _Silent:
+    def begin(self, what: str) -> None:
+        pass
+
     def set(self, done: int, total: int, *, samples: int | None = None, num: int | None = None) -> None:
         pass
 
 
 class _Lines:
     def __init__(self, what: str) -> None:
+        self.begin(what)
+
+    def begin(self, what: str) -> None:
         self.what, self.start, self.last = what, time.monotonic(), time.monotonic()
         say(f"{what} ...")
 
@@ -85,6 +95,12 @@ def _bars(what: str) -> Iterator[Tracker]:
         pictures = progress.add_task("samples", total=None, visible=False)
 
         class Bars:
+            def begin(self, what: str) -> None:
+                nonlocal steps
+                progress.remove_task(steps)  # a total, once known, cannot be taken back from a task
+                steps = progress.add_task(what, total=None)
+                progress.update(pictures, visible=False)
+
             def set(self, done: int, total: int, *, samples: int | None = None, num: int | None = None) -> None:
                 progress.update(steps, completed=done, total=total)
                 if samples is not None:
