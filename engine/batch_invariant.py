@@ -13,6 +13,7 @@ Convolutions, normalisations, softmax and attention over (sample, head) were fou
 """
 
 import math
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -70,7 +71,7 @@ class GELU(nn.Module):
 def _same_linear(module: nn.Linear) -> Linear:
     with torch.device("meta"):
         same = Linear(module.in_features, module.out_features, bias=False)
-    same.weight, same.bias = module.weight, module.bias
+    same.weight, same.bias = cast(nn.Parameter, module.weight), cast(nn.Parameter | None, module.bias)
     return same
 
 

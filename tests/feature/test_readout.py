@@ -149,6 +149,18 @@ def test_masked_tokens_reach_neither_value_nor_gradient(size):
     assert not gradient[hidden].any()
 
 
+@pytest.mark.parametrize("pooling", [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0)])
+def test_a_very_negative_pre_activation_is_still_the_largest_of_its_mask(pooling):
+    readout = silent(pooling=pooling)
+    readout.mask[..., 2:] = False
+    tokens = torch.full((1, 5, 4), -1e8, requires_grad=True)
+    drive = read(tokens, readout)[1]
+    assert drive.item() == pytest.approx(-4e8)
+    gradient = torch.autograd.grad(drive.sum(), tokens)[0][0]
+    assert gradient[:2].any()
+    assert not gradient[2:].any()
+
+
 def test_a_large_pre_activation_does_not_overflow_lse():
     readout = silent(pooling=(0.0, 0.0, 1.0))
     tokens = torch.full((1, 5, 4), 1e6, requires_grad=True)

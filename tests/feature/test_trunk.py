@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.feature.readout import Readout, read
 from tiltscope.engine.feature.trunk import TruncatedViT, load_trunk
-from tiltscope.engine.feature.vit import ViTConfig, rope_tables
+from tiltscope.engine.feature.vit import ViTConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = {
@@ -94,6 +95,15 @@ def test_only_the_blocks_before_the_hook_are_built_and_read(pair):
     assert not any(name.startswith(("layer.2", "norm.")) for name in load_trunk(folder, "blocks.2").state_dict())
 
 
+def exact_tables(side, head_width, base):
+    """RoPE in float64, as written in vit.py's docstring: angle 2 pi coordinate / base^(4i/head_width), tiled over both halves."""
+    centre = (np.arange(side) + 0.5) / side * 2 - 1
+    place = np.stack(np.meshgrid(centre, centre, indexing="ij"), axis=-1).reshape(-1, 2, 1)
+    angle = 2 * np.pi * place / base ** (4 * np.arange(head_width // 4) / head_width)
+    angle = np.tile(angle.reshape(side * side, -1), 2)
+    return torch.from_numpy(np.cos(angle)), torch.from_numpy(np.sin(angle))
+
+
 def test_float64_is_computed_in_float64(pair):
     """Against the same formula with float64 tables; a float32 table anywhere would show at 1e-7."""
     model, folder = pair
@@ -102,9 +112,7 @@ def test_float64_is_computed_in_float64(pair):
     x0 = pictures().double()
     model = model.double()
     try:
-        model.rope_embeddings.forward = lambda pixels: rope_tables(
-            (4, 4), head_width=16, base=model.config.rope_theta, dtype=torch.float64
-        )
+        model.rope_embeddings.forward = lambda pixels: exact_tables(4, 16, model.config.rope_theta)
         expected = hidden_states(model, x0)["norm"]
     finally:
         del model.rope_embeddings.forward
