@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import tiltscope
-from tiltscope.engine.bundle import embedded_bundles
 from tiltscope.engine.cli.main import COMMANDS
 from tiltscope.engine.cli.parse import parse
 from tiltscope.engine.feature.address import parse as parse_address
@@ -43,15 +42,12 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("emoji64" not in embedded_bundles(), reason="needs the embedded bundle emoji64")
 def test_the_python_example_runs(tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "out" / "index.html").is_file()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("emoji64" not in embedded_bundles(), reason="needs the embedded bundle emoji64")
 def test_the_demos_feature_is_there_and_has_a_name() -> None:
     found = re.search(r"^FEATURE \?= (\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert found is not None

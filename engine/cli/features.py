@@ -10,6 +10,8 @@ from tiltscope.engine.cli.common import Common
 from tiltscope.engine.cli.screen import printable, put_json, stage
 from tiltscope.engine.errors import ConfigError
 
+# Words shown of a feature without a fitting name.
+NUM_WORDS = 6
 _WORD = re.compile(r"\w+")
 # Best first: the most selective, the strongest, the most frequent, the alphabet with the unnamed last.
 SORTS: dict[str, Callable[[Any], Any]] = {
@@ -62,7 +64,7 @@ def run(arguments: Arguments) -> None:
         hint = f"; nearest words: {', '.join(map(printable, nearest))}" if nearest else ""
         print(f"no feature has {printable(arguments.search)!r} in its name or its strongest pictures' words{hint}")
     else:
-        _print(features, matched)
+        _print(features, matched, set(_words(arguments.search or "")))
 
 
 def search(features: Iterable[Any], text: str) -> dict[str, str]:
@@ -97,11 +99,12 @@ def _row(info: Any) -> dict[str, Any]:
     return {name: getattr(info, name) for name in ("feature", "name", "density", "max", "selectivity")}
 
 
-def _print(features: Sequence[Any], matched: dict[str, str]) -> None:
+def _print(features: Sequence[Any], matched: dict[str, str], wanted: set[str]) -> None:
     width = max((len(each.feature) for each in features), default=7)
     print(f"{'feature':<{width}}  {'selectivity':>11}  {'max':>8}  {'density':>8}  name")
     for each in features:
         name = printable(each.name) if each.name else "-"
         if matched.get(each.feature) == "words":
-            name += f"  (in its strongest pictures' words: {', '.join(map(printable, each.words))})"
+            words = sorted(each.words, key=lambda phrase: not wanted & set(_words(phrase)))[:NUM_WORDS]
+            name += f"  (words of its strongest pictures: {', '.join(map(printable, words))})"
         print(f"{each.feature:<{width}}  {each.selectivity:>11.3f}  {each.max:>8.3f}  {each.density:>8.4f}  {name}")

@@ -64,7 +64,7 @@ def test_a_search_shows_names_first_and_marks_words(cli, tiny_bundle: Path) -> N
     assert where == sorted(where)
     assert all(each["name"] == "red" for each in shown["features"] if each["matched"] == "name")
     lines = cli("features", "--search", "red", "--bundle", tiny_bundle).out.splitlines()[1:]
-    assert ["strongest pictures' words" in line for line in lines] == [each == "words" for each in where]
+    assert ["words of its strongest pictures: red" in line for line in lines] == [each == "words" for each in where]
 
 
 def test_a_search_without_a_hit_is_an_answer(cli, tiny_bundle: Path) -> None:
