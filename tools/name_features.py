@@ -145,8 +145,9 @@ def name_features(
             area, chance = auc(test[:, j], known)
             if area >= MIN_AUC and chance <= 0.05:
                 found.append((int(in_title[j, w]), Name(vocabulary[w], float(q[j, w]), float(area), int(counts[j, w]))))
-        # Of words that say the same (q within a factor of ten of the best) the one that stands in names, not keywords.
-        limit = 10 * min((name.q for _, name in found), default=0.0)
-        close = [pair for pair in found if pair[1].q <= limit]
+        # Of words nearly as sure as the surest (log q within a fifth) the one that stands in names, not in keywords only:
+        # clock faces are "early" a little more exclusively than they are "clock".
+        limit = 0.8 * min((math.log(max(name.q, 1e-300)) for _, name in found), default=0.0)
+        close = [pair for pair in found if math.log(max(pair[1].q, 1e-300)) <= limit]
         names.append(max(close, key=lambda pair: (pair[0], pair[1].auc))[1] if close else None)
     return names
