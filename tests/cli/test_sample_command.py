@@ -39,7 +39,7 @@ def test_the_pictures_are_those_of_python(cli, folder: Path, tiny_bundle: Path) 
     for name in ("x0", "activation", "drive", "lam", "index", "nfe", "n_vjp", "ok"):
         assert torch.equal(held[name], getattr(samples, name)), name
     assert (manifest["num_finished"], manifest["config"]["num"], len(manifest["samples"])) == (5, 5, 5)
-    assert manifest["bundle"] == {"name": bundle.name, "identity": bundle.identity}
+    assert manifest["bundle"] == bundle.describe()
 
 
 def test_the_command_in_the_manifest_repeats_the_run(cli, folder: Path, tiny_bundle: Path) -> None:
