@@ -97,7 +97,7 @@ def _overview() -> str:
     return (
         "tiltscope: what a feature of a vision model means, as a distribution of images\n\n"
         f"usage: tiltscope COMMAND ...\n\n{commands}\n\n"
-        "FEATURE is HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:137\n"
+        "FEATURE is HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:87\n"
         "tiltscope COMMAND --help lists a command's flags; tiltscope --version tells the version"
     )
 
