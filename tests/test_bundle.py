@@ -199,7 +199,7 @@ def test_one_feature_is_one_object(bundle):
     assert bundle.feature("blocks.1:sae:3").pool_key == FEATURE
 
 
-def test_the_feature_table_and_labels(bundle):
+def test_the_feature_table_and_labels(bundle, tiny_bundle):
     infos = bundle.features()
     assert [info.feature for info in infos] == [f"blocks.1:sae:{j}" for j in range(24)]
     assert (
@@ -212,6 +212,7 @@ def test_the_feature_table_and_labels(bundle):
     assert bundle.label(bundle.feature("blocks.1:sae:2")) is None
     assert bundle.label(bundle.feature("blocks.1:neuron:3")) is None
     assert bundle.label(bundle.feature(FEATURE) * 2.0) is None
+    assert bundle.label(load(tiny_bundle).feature(FEATURE)) is None  # the same address, another bundle
     assert infos[3].words
     assert (infos[3].alive, infos[23].alive) == (True, False)
     stored = bundle.pool.activations(bundle.feature(FEATURE))

@@ -39,7 +39,8 @@ def hard_truncation(activations: Float64[ndarray, "pool"], target: float, num: i
     """`num` pictures drawn without replacement from those with a >= threshold (fewer where fewer are above it).
 
     The threshold is the pool activation whose mean above it is nearest `target`, with at least 5 pictures above it; the
-    higher one where two are as near; the whole pool, which truncates nothing, only where ties leave no other. Draws follow the seed's own order of the members: the first 4 of 8 are the 4 of num=4.
+    higher one where two are as near; the whole pool, which truncates nothing, only where ties leave no other. Draws follow
+    the seed's own order of the members: the first 4 of 8 are the 4 of num=4.
     Raises ConfigError for a pool of fewer than 5 pictures.
     """
     if len(activations) < MIN_MEMBERS:

@@ -71,10 +71,12 @@ def test_numpys_numbers_scale_from_either_side(bundle, x0, scalar):
         assert torch.equal(feature.activation(x0), 2 * a.activation(x0))
 
 
-@pytest.mark.parametrize("scalar", ["2", None, True, [1.0], 1j])
+@pytest.mark.parametrize("scalar", ["2", None, True, [1.0], 1j, np.ones(2)])
 def test_other_things_do_not_scale(bundle, scalar):
     with pytest.raises(TypeError):
         bundle.feature("blocks.1:sae:3") * scalar
+    with pytest.raises(TypeError):
+        scalar * bundle.feature("blocks.1:sae:3")
 
 
 @pytest.mark.parametrize("scalar", [float("nan"), float("inf")])

@@ -1,5 +1,7 @@
 """The parts of a bundle's feature: where poolings look, the autoencoder's rows, a direction from a file."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -120,11 +122,21 @@ def test_a_direction_that_is_no_vector_of_the_trunk_is_refused(tmp_path, vector,
         load_direction(write(tmp_path / f"v{suffix}", vector), width=4)
 
 
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def test_a_direction_is_never_unpickled(tmp_path):
-    path = tmp_path / "v.npy"
-    np.save(path, np.array([print], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "v.npy", np.array([Trap(tmp_path / "sprung")], dtype=object), allow_pickle=True)
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_direction(str(path), width=1)
+        load_direction(str(tmp_path / "v.npy"), width=1)
+    assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize("name", ["absent.npy", "absent.safetensors"])

@@ -99,6 +99,15 @@ def test_time_never_falls_with_sigma_and_no_sample_sees_another(sigmas):
     assert torch.equal(together, torch.cat([time_from_sigma(s[None], theta) for s in sigma]))
 
 
+def test_a_samples_place_in_the_batch_changes_no_bit_of_its_time():
+    """An atan2 would: torch computes the last elements of a batch another way."""
+    theta, sigma = thetas("squaredcos_cap_v2"), torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    for piece in (1, 3, 5):
+        assert torch.equal(
+            torch.cat([time_from_sigma(s, theta) for s in sigma.split(piece)]), time_from_sigma(sigma, theta)
+        )
+
+
 def test_the_angle_keeps_alpha_near_pure_noise():
     alpha = 1e-3
     sigma = torch.tensor([math.sqrt((1 - alpha) * (1 + alpha))], dtype=torch.float64)
