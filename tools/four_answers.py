@@ -1,6 +1,6 @@
 """The README's picture, from the output folder of `tiltscope explain`: four answers side by side, with their numbers.
 
-    python tools/four_answers.py OUT docs/four_answers.png
+python tools/four_answers.py OUT docs/four_answers.png
 """
 
 from __future__ import annotations
