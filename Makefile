@@ -6,6 +6,7 @@
 #   make lint | types              ruff; pyright strict
 #   make bench                     the measured numbers of this machine
 #   make wheel-check               the wheel, from a clean archive, in a clean environment
+#   make figures                   the README's picture
 #   make train                     how the embedded models were made (hours)
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint types bench wheel-check train clean shards
+.PHONY: demo figures test test-slow lint types bench wheel-check train clean shards
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +40,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/tiltscope explain $(FEATURE) --out "tiltscope-demo-$$(date +%Y%m%d-%H%M%S)"
+
+# The README's picture; the same feature again continues or repeats the same folder.
+figures: $(VENV)/.installed
+	$(VENV)/bin/tiltscope explain $(FEATURE) --out build/four_answers
+	$(RUN) tools/four_answers.py build/four_answers docs/four_answers.png
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest
