@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import tiltscope
-from tiltscope.engine.errors import ParityError, RunnerError
-from tiltscope.engine.runtime import runners
+from tiltscope.engine.errors import ParityError
 from tiltscope.engine.runtime.gate import SelfTest, check_step, record_self_test, relative_errors
 from tiltscope.engine.runtime.step import TorchStep
 
@@ -80,49 +79,3 @@ def test_a_self_test_is_stored_and_read_back(recorded, tmp_path):
     assert torch.equal(again.x, recorded.x)
     assert torch.equal(again.readout.mask, recorded.readout.mask)
     assert all(torch.equal(a, b) for a, b in zip(again.expected, recorded.expected, strict=True))
-
-
-class Registered:
-    """What an exporter's entry point looks like."""
-
-    name = "mirror"
-
-    def __init__(self, build):
-        self.load = lambda: build
-
-
-@pytest.fixture
-def mirror(monkeypatch):
-    def register(build):
-        monkeypatch.setattr(
-            runners, "entry_points", lambda group: [Registered(build)] if group == runners.GROUP else []
-        )
-
-    return register
-
-
-def test_a_registered_runner_is_built_gated_and_used(bundle, mirror):
-    built = []
-
-    def build(prior, feature, dtype):
-        built.append(dtype)
-        return replace(TorchStep(prior, feature), name="mirror")
-
-    mirror(build)
-    settings = {"num": 2, "lam": 2.0, "steps": 3}
-    feature = bundle.feature("blocks.1:sae:3")
-    samples = tiltscope.sample(bundle.prior, feature, runner="mirror", **settings)
-    assert built == [torch.float32]
-    assert samples.manifest["runner"] == "mirror"
-    assert torch.equal(samples.x0, tiltscope.sample(bundle.prior, feature, **settings).x0)
-
-
-def test_a_registered_runner_that_is_wrong_never_draws(bundle, mirror):
-    mirror(lambda prior, feature, dtype: Wrong(prior, feature, "wrong"))
-    with pytest.raises(ParityError, match="grad_a"):
-        tiltscope.sample(bundle.prior, bundle.feature("blocks.1:sae:3"), num=1, lam=1.0, steps=3, runner="mirror")
-
-
-def test_a_runner_nobody_registered():
-    with pytest.raises(RunnerError, match="available here: torch"):
-        runners.step_for("tensorrt", None, None, torch.float32)
