@@ -10,18 +10,20 @@ from pathlib import Path
 
 
 def link(root: Path, farm: Path) -> None:
-    """Lay `farm` out anew: every entry of every room is a link, and no room holds another room's folder."""
+    """Lay `farm` out anew: every Python file of every room as a link in a real folder; checkers follow no linked folders."""
     package_dir: dict[str, str] = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"][
         "package-dir"
     ]
-    rooms = {root / folder for folder in package_dir.values()}
+    rooms = {root / folder: farm.joinpath(*package.split(".")) for package, folder in package_dir.items()}
     shutil.rmtree(farm, ignore_errors=True)
-    for package, folder in package_dir.items():
-        target = farm.joinpath(*package.split("."))
-        target.mkdir(parents=True, exist_ok=True)
-        for entry in sorted((root / folder).iterdir()):
-            if entry not in rooms and entry.name not in ("__pycache__", "bundles"):
-                (target / entry.name).symlink_to(entry.resolve())
+    for room, target in rooms.items():
+        for source in sorted(room.rglob("*.py*")):
+            # A file belongs to the innermost room around it; bundles and caches hold none.
+            inner = next(folder for folder in source.parents if folder in rooms)
+            if inner == room and source.suffix in (".py", ".pyi") and "__pycache__" not in source.parts:
+                link_path = target / source.relative_to(room)
+                link_path.parent.mkdir(parents=True, exist_ok=True)
+                link_path.symlink_to(source.resolve())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -38,7 +38,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def interrupts_wait() -> Iterator[None]:
+def interrupts_wait() -> Generator[None]:
     """Hold Ctrl-C back until the block is done: a chunk is written whole or not at all."""
     if threading.current_thread() is not threading.main_thread():
         yield

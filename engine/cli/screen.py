@@ -8,7 +8,7 @@ import json
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -44,7 +44,7 @@ def put_json(value: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def stage(what: str, *, quiet: bool) -> Iterator[Tracker]:
+def stage(what: str, *, quiet: bool) -> Generator[Tracker]:
     """Follow one stage of a run: bars on a terminal, plain lines elsewhere, nothing when quiet."""
     if quiet:
         yield _Silent()
@@ -85,7 +85,7 @@ class _Lines:
 
 
 @contextmanager
-def _bars(what: str) -> Iterator[Tracker]:
+def _bars(what: str) -> Generator[Tracker]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

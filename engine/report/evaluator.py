@@ -96,7 +96,8 @@ class Evaluator(nn.Module):
         normalised as ImageNet's.
         Equality with the original package's own forward is proved by tests/tools/test_evaluator.py on the same weights.
         """
-        out = []
+        mean, std = self.get_buffer("mean"), self.get_buffer("std")
+        out: list[Tensor] = []
         for chunk in x0.split(batch_size):
             pixels = F.interpolate(
                 chunk.float().clamp(-1, 1),
@@ -105,7 +106,7 @@ class Evaluator(nn.Module):
                 antialias=True,
                 align_corners=False,
             )
-            out.append(self.features(((pixels + 1) / 2 - self.mean) / self.std).mean((2, 3)))
+            out.append(self.features(((pixels + 1) / 2 - mean) / std).mean((2, 3)))
         return torch.cat(out) if out else x0.new_zeros(0, EMBEDDING_SIZE)
 
 

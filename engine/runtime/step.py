@@ -37,7 +37,8 @@ class Step(Protocol):
     `readout` is a batch of readouts, one a slot, or None where the feature is a function of its own.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def unguided(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor: ...
 

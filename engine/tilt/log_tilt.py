@@ -70,9 +70,10 @@ class Capped:
     cap: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.cap, bool) or not isinstance(self.cap, int | float) or not math.isfinite(self.cap):
-            raise ConfigError(f"log-tilt capped got cap={self.cap!r}; the cap is a finite number, as in capped(3.0)")
-        object.__setattr__(self, "cap", float(self.cap))
+        given: Any = self.cap  # what a caller gave need not be what the annotation says
+        if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+            raise ConfigError(f"log-tilt capped got cap={given!r}; the cap is a finite number, as in capped(3.0)")
+        object.__setattr__(self, "cap", float(given))
 
     @property
     def spec(self) -> str:
@@ -98,6 +99,7 @@ def parse_log_tilt(log_tilt: str | LogTilt) -> LogTilt:
     Raises ConfigError for an unknown name, a missing or wrong parameter, or an object that is not a log-tilt.
     `parse_log_tilt(t.spec) == t` for every log-tilt t.
     """
-    if not isinstance(log_tilt, str | type) and isinstance(log_tilt, LogTilt):
-        return log_tilt
+    given: Any = log_tilt
+    if not isinstance(given, str | type) and isinstance(given, LogTilt):
+        return given
     return parse_choice(log_tilt, LOG_TILTS, "log_tilt")
