@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import tiltscope
+from tiltscope.engine.config import SampleConfig
+from tiltscope.engine.sample import prepare, unguided_draws
 from tiltscope.engine.sampler.plan import make_plan
+from tiltscope.engine.sampler.state import admit, tick
 from tiltscope.engine.tilt.worlds import GaussianWorld
 
 WORLD = GaussianWorld(s=1.7, shape=(2, 3))
@@ -103,3 +106,14 @@ def test_every_sample_has_its_own_lambda():
     for at, each in enumerate(lam[:3]):
         exact = WORLD.discrete(plan, each)
         assert abs(float(means[at]) - exact.mean) < 4 * (exact.variance / 300) ** 0.5
+
+
+def test_calibration_draws_are_apart_from_every_sample_a_user_can_ask_for():
+    run = prepare(WORLD.prior, WORLD.feature, SampleConfig(num=2, lam=0.0, steps=5, batch_size=2))
+    draws = unguided_draws(run.programme, seed=0, num=2, bucket=2)
+    asked = tiltscope.sample(WORLD.prior, WORLD.feature, num=2, lam=0.0, steps=5, batch_size=2)
+    assert not torch.isclose(draws, asked.x0).any()
+    start = admit(run.programme, seed=0, indices=2**31 + np.arange(2), lam=np.zeros(2), readout=None, bucket=2)
+    for _ in range(run.plan.num_rows):
+        start, _ = tick(start, run.programme)
+    assert torch.equal(start.x, draws)
