@@ -32,7 +32,7 @@ from tiltscope.engine.sample import (
     check_any_finite,
     failures,
     prepare,
-    unguided_draws,
+    unguided_activations,
 )
 from tiltscope.engine.samples import Explanation, Samples, join
 from tiltscope.engine.tilt.actmax import activation_maximisation
@@ -173,7 +173,9 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart |
     sign = -1.0 if inquiry.calibration.lam < 0 else 1.0
     reached = float(tilt.activation[tilt.ok].mean()) if tilt.ok.any() else inquiry.target
     with watch("prior_check"):
-        prior_activation = _prior_check(run)
+        prior_activation = unguided_activations(
+            run.programme, run.feature, seed=run.config.seed, num=PRIOR_CHECK_NUM, bucket=PRIOR_CHECK_NUM
+        )
     with watch("pool_rivals"):
         topk = _from_pool(inquiry, top_k(sign * natural, run.config.num))
         hard = hard_truncation(sign * natural, sign * reached, run.config.num, seed=run.config.seed)
@@ -231,13 +233,6 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart |
         manifest={},
     )
     return replace(explanation, manifest=_manifest(inquiry, explanation, watch.seconds))
-
-
-def _prior_check(run: Run) -> NDArray[np.float64]:
-    """Activations of unguided draws under the run's own plan."""
-    x0 = unguided_draws(run.programme, seed=run.config.seed, num=PRIOR_CHECK_NUM, bucket=PRIOR_CHECK_NUM)
-    readout = None if run.feature.readout is None else run.feature.readout.expand(len(x0))
-    return run.programme.step.measure(x0, readout)[0].double().numpy()
 
 
 def _from_pool(inquiry: Inquiry, chosen: NDArray[np.int64]) -> Samples:

@@ -260,13 +260,8 @@ def _natural_activations(
         return feature.pool.activations(feature), "pool"
     if config.target_activation is None:
         return None, None
-    x0 = unguided_draws(programme, seed=config.seed, num=config.calibration_num)
-    batches = [programme.step.measure(batch, _repeat(feature, len(batch)))[0] for batch in x0.split(CALIBRATION_BATCH)]
-    return torch.cat(batches).double().numpy(), "unguided draws"
-
-
-def _repeat(feature: Feature, num: int) -> Any:
-    return None if feature.readout is None else feature.readout.expand(num)
+    activations = unguided_activations(programme, feature, seed=config.seed, num=config.calibration_num)
+    return activations, "unguided draws"
 
 
 # One fixed batch shape, so that what calibration finds does not depend on the run's own batch size.
@@ -288,6 +283,17 @@ def unguided_draws(
     if len(draws) == 0:
         raise NonFiniteError("none of the prior's unguided draws is finite; check the denoiser, or try more steps")
     return draws
+
+
+def unguided_activations(
+    programme: Programme, feature: Feature, *, seed: int, num: int, bucket: int = CALIBRATION_BATCH
+) -> NDArray[np.float64]:
+    """Activations of `unguided_draws`: float64, one for each draw that stayed finite."""
+    batches: list[Tensor] = []
+    for x0 in unguided_draws(programme, seed=seed, num=num, bucket=bucket).split(bucket):
+        readout = None if feature.readout is None else feature.readout.expand(len(x0))
+        batches.append(programme.step.measure(x0, readout)[0])
+    return torch.cat(batches).double().numpy()
 
 
 def _strength(
