@@ -181,6 +181,12 @@ def main(config: Config) -> None:
     if (path := config.out / "checkpoint.pt").exists():
         facts = load_checkpoint(path, modules=modules, optimiser=optimiser, generator=generator)
         step, clock = facts["step"], Clock(60 * config.minutes, facts["seconds"])
+
+    def save(step: int, seconds: float) -> None:
+        facts = {"step": step, "seconds": seconds}
+        save_checkpoint(path, modules=modules, optimiser=optimiser, generator=generator, facts=facts)
+        export(average, config.out / "model")  # so an unfinished training can be looked at, and shipped
+
     saved, running = time.monotonic(), {}
     while clock.share < 1 and step < config.max_steps:
         lr = learning_rate(config.peak_lr, share=clock.share, step=step, warmup=config.warmup)
@@ -198,18 +204,9 @@ def main(config: Config) -> None:
             log_line(config.out / "log.jsonl", {"step": step, "seconds": clock.total, "lr": lr, **running})
             running = {}
         if time.monotonic() - saved > 180:
-            save_checkpoint(
-                path,
-                modules=modules,
-                optimiser=optimiser,
-                generator=generator,
-                facts={"step": step, "seconds": clock.total},
-            )
+            save(step, clock.total)
             saved = time.monotonic()
-    save_checkpoint(
-        path, modules=modules, optimiser=optimiser, generator=generator, facts={"step": step, "seconds": clock.total}
-    )
-    export(average, config.out / "model")
+    save(step, clock.total)
     done = {
         "done": True,
         "step": step,

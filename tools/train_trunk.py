@@ -74,6 +74,7 @@ class Config:
     contrast: float = 1.0
     contrast_temperature: float = 0.15
     flag_share: float = 0.05
+    warm_start: Path | None = None
     max_steps: int = 10**9
 
 
@@ -267,6 +268,9 @@ def main(config: Config) -> None:
     generator = torch.Generator().manual_seed(config.seed)
     things = Things(config.data, config.flag_share)
     student = Student(config.num_prototypes).train()
+    if config.warm_start is not None:  # the trunk alone: the heads are not shipped, and start anew
+        known = DINOv3ViTModel.from_pretrained(config.warm_start).float().state_dict()
+        student.trunk.load_state_dict(known)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     decayed = [p for p in student.parameters() if p.ndim > 1]
     rest = [p for p in student.parameters() if p.ndim <= 1]
