@@ -3,7 +3,8 @@
     build/train/{emoji64.npz, trunk/, sae/, prior/} -> engine/_root/bundles/emoji64/
 
 The prior is exported from its checkpoint (the EMA, float16), so a bundle can be built while the training goes on.
-What depends on the trunk, the autoencoder and the evaluator is kept from the previous build where those are unchanged.
+A part without a folder in build/train stays the previous build's, with its training facts; what depends on the trunk, the
+autoencoder and the evaluator is kept where those are unchanged.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def export_prior(checkpoint: Path, folder: Path) -> dict[str, Any]:
     return state["facts"]
 
 
-def training_facts(train: Path, prior: dict[str, Any]) -> dict[str, Any]:
-    """Steps, hours, losses and commands from the logs themselves."""
+def training_facts(train: Path, prior: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """Steps, hours, losses and commands from the logs themselves; of a part that was not trained anew, the `kept` ones."""
 
     def log(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (train / name / "log.jsonl").read_text().splitlines()]
@@ -102,14 +103,30 @@ def training_facts(train: Path, prior: dict[str, Any]) -> dict[str, Any]:
     from train_prior import Config as Prior
     from train_trunk import Config as Trunk
 
-    trunk_log, sae_log, prior_log = log("trunk"), log("sae"), log("prior")
-    trunk, sae = (next(r for r in reversed(records) if "done" in r) for records in (trunk_log, sae_log))
     # What a log cannot say: settings given on the command line, a change between two sittings.
     notes = json.loads((train / "notes.json").read_text()) if (train / "notes.json").exists() else {}
+    prior_log = log("prior")
     so_far = [r for r in prior_log if r.get("step", 0) <= prior["step"]]
-    return {
-        "machine": "2 CPU cores, AVX2, float32, shared with other work",
-        "trunk": {
+    batch = next((r["batch"] for r in reversed(prior_log) if "batch" in r), Prior().batch)
+    facts = {
+        "machine": "2 CPU cores, shared with other work",
+        "trunk": kept.get("trunk"),
+        "sae": kept.get("sae"),
+        "prior": {
+            "steps": prior["step"],
+            "hours": prior["seconds"] / 3600,
+            "batch": batch,
+            "seed": Prior().seed,
+            "pictures_seen": prior["step"] * batch,
+            "command": "tools/train_prior.py",
+            "note": notes.get("prior", ""),
+            "curve": curve(so_far, ("loss", "mse_low", "mse_mid", "mse_high")),
+        },
+    }
+    if (train / "trunk").exists():
+        trunk_log = log("trunk")
+        trunk = next(r for r in reversed(trunk_log) if "done" in r)
+        facts["trunk"] = {
             "steps": trunk["step"],
             "hours": trunk["seconds"] / 3600,
             "batch": trunk["batch"],
@@ -118,8 +135,11 @@ def training_facts(train: Path, prior: dict[str, Any]) -> dict[str, Any]:
             "command": "tools/train_trunk.py",
             "note": notes.get("trunk", ""),
             "curve": curve(trunk_log, ("loss", "dino", "ibot", "contrast")),
-        },
-        "sae": {
+        }
+    if (train / "sae").exists():
+        sae_log = log("sae")
+        sae = next(r for r in reversed(sae_log) if "done" in r)
+        facts["sae"] = {
             "steps": sae["steps"],
             "hours": sae["seconds"] / 3600,
             "seed": sae["seed"],
@@ -127,18 +147,8 @@ def training_facts(train: Path, prior: dict[str, Any]) -> dict[str, Any]:
             "command": "tools/train_sae.py",
             "note": notes.get("sae", ""),
             "curve": curve(sae_log, ("loss", "fvu", "dead")),
-        },
-        "prior": {
-            "steps": prior["step"],
-            "hours": prior["seconds"] / 3600,
-            "batch": Prior().batch,
-            "seed": Prior().seed,
-            "pictures_seen": prior["step"] * Prior().batch,
-            "command": "tools/train_prior.py",
-            "note": notes.get("prior", ""),
-            "curve": curve(so_far, ("loss", "mse_low", "mse_mid", "mse_high")),
-        },
-    }
+        }
+    return facts
 
 
 def write_card(path: Path, facts: dict[str, Any]) -> None:
@@ -254,11 +264,14 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
 
     say("models")
     prior_facts = export_prior(config.train / "prior/checkpoint.pt", out / "prior")
-    DINOv3ViTModel.from_pretrained(config.train / "trunk/model").half().save_pretrained(out / "trunk")
+    fresh = config.train / "trunk/model"
+    trunk = DINOv3ViTModel.from_pretrained(fresh if fresh.exists() else config.out / "trunk")
+    trunk.half().save_pretrained(out / "trunk")
     processor = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "size": {"height": 64, "width": 64}}
     switches = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_resize": True}
     write_json(out / "trunk/preprocessor_config.json", {**processor, **switches})
-    shutil.copy(config.train / "sae/sae.safetensors", out / "sae/sae.safetensors")
+    sae_from = config.train / "sae" if (config.train / "sae").exists() else config.out / "sae"
+    shutil.copy(sae_from / "sae.safetensors", out / "sae/sae.safetensors")
     write_evaluator(out / "evaluator", config.wheels)
     write_licences(out / "LICENSES", config.train, config.wheels)
 
@@ -272,7 +285,7 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
         columns, activations = write_pool(out, arrays)
     described = describe_features(activations, columns)
     write_table(out / "sae/features.parquet", described)
-    sae = json.loads((config.train / "sae/config.json").read_text())
+    sae = json.loads((sae_from / "config.json").read_text())
     sae["pool_dead_share"] = float(1 - np.mean(described["alive"]))
     sae["num_named"] = sum(n is not None for n in described["name"])
     write_json(out / "sae/config.json", sae)
@@ -296,7 +309,7 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
         "evaluator": {"kind": "efficientnet_lite0", "path": "evaluator"},
         "pool": {"path": "pool", "num": int(pool.sum()), "num_heldout": int((pool & heldout).sum())},
         "data": data_facts(arrays),
-        "training": training_facts(config.train, prior_facts),
+        "training": training_facts(config.train, prior_facts, before["training"] if before else {}),
         "reference": measure_all(config, out, sae, before and before["reference"]),
     }
     write_card(out / "README.md", facts)
