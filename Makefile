@@ -8,6 +8,7 @@
 #   make wheel-check               the wheel, from a clean archive, in a clean environment
 #   make figures                   the README's picture
 #   make train                     how the embedded models were made (hours)
+#   make bundle-report             measure the embedded bundle anew, and write its figures and its card
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -22,7 +23,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo figures test test-slow lint types bench wheel-check train clean shards
+.PHONY: demo figures test test-slow lint types bench wheel-check train bundle-report clean shards
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +69,14 @@ wheel-check: $(VENV)/.installed-dev
 
 train: $(VENV)/.installed-dev
 	PYTHON=$(RUN) sh tools/train_all.sh
+
+# The scripts import each other, and nothing else may be found there: the root's kernels/ must stay off the path.
+bundle-report: export PYTHONPATH := tools
+bundle-report: $(VENV)/.installed-dev build/train/emoji64.npz
+	$(RUN) tools/bundle_report.py
+
+build/train/emoji64.npz: | $(VENV)/.installed-dev
+	PYTHONPATH=tools $(RUN) tools/data.py --data build/train/packages --out $@
 
 # How many shards the slow tier has: .ci/run asks.
 shards:

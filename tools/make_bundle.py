@@ -1,10 +1,10 @@
-"""Put the trained models, the pool and everything measured into one bundle folder, with hashes, attribution and a card.
+"""Put the trained models and the pool into one bundle folder, with hashes and attribution.
 
     build/train/{emoji64.npz, trunk/, sae/, prior/} -> engine/_root/bundles/emoji64/
 
 The prior is exported from its checkpoint (the EMA, float16), so a bundle can be built while the training goes on.
 A part without a folder in build/train stays the previous build's, with its training facts; what depends on the trunk, the
-autoencoder and the evaluator is kept where those are unchanged.
+autoencoder and the evaluator is kept where those are unchanged. Figures and card are bundle_report.py's.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from bundle_report import hash_files, write_json
 from pool_files import HOOK, describe_features, read_pool, write_pool, write_table
 from training import IMAGENET_MEAN, IMAGENET_STD, prepare_machine
 
@@ -39,7 +39,6 @@ class Config:
     wheels: Path = Path("build/train/wheels")
     """where the evaluator's wheel is, or goes"""
     note: str = ""
-    num_samples: int = 192
     threads: int = 1
 
 
@@ -74,19 +73,15 @@ def write_evaluator(folder: Path, wheels: Path) -> None:
     )
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def export_prior(checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """The EMA of a checkpoint, with its scheduler; returns the checkpoint's facts."""
+def export_prior(checkpoint: Path, folder: Path) -> tuple[dict[str, Any], int]:
+    """The EMA of a checkpoint, with its scheduler; returns the checkpoint's facts and the number of parameters."""
     from train_prior import build_unet, export
 
     state = torch.load(checkpoint, weights_only=True)
     average = build_unet()
     average.load_state_dict(state["modules"]["average"])
     export(average, folder)
-    return state["facts"]
+    return state["facts"], sum(p.numel() for p in average.parameters())
 
 
 def training_facts(train: Path, prior: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
@@ -151,46 +146,6 @@ def training_facts(train: Path, prior: dict[str, Any], kept: dict[str, Any]) -> 
     return facts
 
 
-def write_card(path: Path, facts: dict[str, Any]) -> None:
-    """README.md: the template's {names} are looked up in these flat records."""
-    training, reference = facts["training"], facts["reference"]
-    columns = ("loss", "mse_low", "mse_mid", "mse_high")
-    rows = ["| step | minutes | loss | low | middle | high |", "|---|---|---|---|---|---|"]
-    rows += [
-        f"| {r['step']} | {r['seconds'] / 60:.0f} | " + " | ".join(f"{r[c]:.4f}" for c in columns) + " |"
-        for r in training["prior"]["curve"]
-    ]
-    path.write_text(
-        (HERE / "bundle_card.md")
-        .read_text()
-        .format(
-            description=facts["description"],
-            note=f"**{facts['note']}**\n" if facts["note"] else "",
-            prior=SimpleNamespace(**training["prior"]),
-            trunk=SimpleNamespace(**training["trunk"]),
-            quality=SimpleNamespace(**reference["prior"]),
-            knn=SimpleNamespace(**reference["knn_top1_heldout"]),
-            sae=SimpleNamespace(**reference["sae"]),
-            recovered=reference["cls_recovered_heldout"],
-            parameters=reference["prior_parameters"] / 1e6,
-            pool=SimpleNamespace(**facts["pool"]),
-            data=SimpleNamespace(**facts["data"]),
-            curve="\n".join(rows),
-            notes="".join(
-                f"\n{name}: {training[name]['note']}" for name in ("trunk", "sae", "prior") if training[name]["note"]
-            ),
-        )
-    )
-
-
-def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    return {
-        str(p.relative_to(folder)): {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != "bundle.json"
-    }
-
-
 def write_licences(folder: Path, train: Path, wheels: Path) -> None:
     texts = {"fluent-emoji.txt": (HERE / "fluent_emoji_licence.txt").read_text()}
     for key in ("emojilib", "emojibase", "unicode"):
@@ -200,30 +155,6 @@ def write_licences(folder: Path, train: Path, wheels: Path) -> None:
         texts["efficientnet-lite0.txt"] = wheel.read(name).decode()
     for name, text in texts.items():
         (folder / name).write_text(text)
-
-
-def measure_all(config: Config, bundle: Path, sae: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
-    """The bundle's `reference`: figures of the very files that are shipped.
-
-    before: the reference of an earlier build with the same trunk, autoencoder and evaluator, whose figures still hold.
-    """
-    from measure import embed_pool, measure_prior, measure_recovered, measure_trunk
-
-    data, evaluator = config.train / "emoji64.npz", bundle / "evaluator"
-    sheet = config.train / "samples.png"
-    average = torch.load(config.train / "prior/checkpoint.pt", weights_only=True)["modules"]["average"]
-    pool = embed_pool(data, evaluator)
-    kept = before or {
-        "knn_top1_heldout": measure_trunk(data, bundle / "trunk", pool),
-        "cls_recovered_heldout": measure_recovered(data, bundle / "trunk", bundle / "sae"),
-    }
-    return {
-        "knn_top1_heldout": kept["knn_top1_heldout"],
-        "cls_recovered_heldout": kept["cls_recovered_heldout"],
-        "sae": sae,
-        "prior": measure_prior(data, bundle / "prior", evaluator, pool, num=config.num_samples, sheet=sheet),
-        "prior_parameters": sum(t.numel() for t in average.values()),
-    }
 
 
 def reusable(previous: Path, out: Path) -> dict[str, Any] | None:
@@ -263,7 +194,7 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
         (out / sub).mkdir(parents=True)
 
     say("models")
-    prior_facts = export_prior(config.train / "prior/checkpoint.pt", out / "prior")
+    prior_facts, num_parameters = export_prior(config.train / "prior/checkpoint.pt", out / "prior")
     fresh = config.train / "trunk/model"
     trunk = DINOv3ViTModel.from_pretrained(fresh if fresh.exists() else config.out / "trunk")
     trunk.half().save_pretrained(out / "trunk")
@@ -290,7 +221,6 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
     sae["num_named"] = sum(n is not None for n in described["name"])
     write_json(out / "sae/config.json", sae)
 
-    say("measuring")
     pool, heldout = arrays["fluent_pool"], arrays["fluent_heldout"]
     facts = {
         "schema_version": 1,
@@ -310,9 +240,9 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
         "pool": {"path": "pool", "num": int(pool.sum()), "num_heldout": int((pool & heldout).sum())},
         "data": data_facts(arrays),
         "training": training_facts(config.train, prior_facts, before["training"] if before else {}),
-        "reference": measure_all(config, out, sae, before and before["reference"]),
+        # The rest is measured by bundle_report.py on what is built here.
+        "reference": {"sae": sae, "prior_parameters": num_parameters},
     }
-    write_card(out / "README.md", facts)
     facts["files"] = hash_files(out)
     write_json(out / "bundle.json", facts)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
@@ -320,8 +250,9 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
         raise SystemExit(f"the bundle is {size / 2**20:.1f} MiB; at most {SIZE_LIMIT / 2**20:.0f} MiB are allowed")
     shutil.rmtree(config.out, ignore_errors=True)
     out.rename(config.out)
-    kid = facts["reference"]["prior"]["kid"]
-    say(f"{config.out}: {size / 2**20:.1f} MiB, {sae['num_named']} named latents, KID {kid:.3f}")
+    say(
+        f"{config.out}: {size / 2**20:.1f} MiB, {sae['num_named']} named latents; now measure it: tools/bundle_report.py"
+    )
 
 
 if __name__ == "__main__":

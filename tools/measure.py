@@ -1,8 +1,5 @@
-"""What the trained models are worth: k-NN of the trunk, KID and precision/recall of the prior, the trunk's recovered
-loss; and contact sheets to look at.
-
-KID  = unbiased MMD^2 with k(a, b) = (a.b/d + 1)^3 over the evaluator's 1,280 features          (arXiv:1801.01401, sec. 4)
-precision, recall = share of samples (pictures) inside the other set's k = 3 nearest-neighbour balls   (arXiv:1904.06991)
+"""What the trained models are worth: k-NN of the trunk, its recovered loss, KID, precision, recall and copies of the prior;
+and sheets to look at. Needs the training data; a training is judged without a bundle around it.
 """
 
 from __future__ import annotations
@@ -14,8 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from prior_quality import Copies, copies, kid, precision_recall, way
+from sheets import labelled, sheet, to_pictures
 from torch import Tensor
 from training import prepare_machine, to_unit_range
+
+from tiltscope.engine.report.evaluator import Evaluator, load_evaluator
+
+BATCH = 32
+NUM_SHOWN = 64
+QUANTILES = (1, 10, 50, 90, 99)
 
 
 def nearest_category(
@@ -30,36 +36,6 @@ def nearest_category(
     votes = torch.zeros(len(queries), len(classes))
     votes.scatter_add_(1, torch.from_numpy(index)[near.indices], torch.exp(near.values / 0.1))
     return float((classes[votes.argmax(1).numpy()] == labels).mean())
-
-
-def kid(a: Tensor, b: Tensor, *, subsets: int = 20, subset_size: int = 96, seed: int = 0) -> tuple[float, float]:
-    """(KID over all rows, standard error from random subsets)."""
-
-    def mmd(x: Tensor, y: Tensor) -> float:
-        x, y = x.double(), y.double()
-        k = lambda u, v: (u @ v.T / u.shape[1] + 1) ** 3  # noqa: E731
-        kx, ky, n, m = k(x, x), k(y, y), len(x), len(y)
-        return float(
-            (kx.sum() - kx.trace()) / (n * (n - 1)) + (ky.sum() - ky.trace()) / (m * (m - 1)) - 2 * k(x, y).mean()
-        )
-
-    generator = torch.Generator().manual_seed(seed)
-
-    def some(x: Tensor) -> Tensor:
-        return x[torch.randperm(len(x), generator=generator)[:subset_size]]
-
-    draws = [mmd(some(a), some(b)) for _ in range(subsets)]
-    return mmd(a, b), float(np.std(draws, ddof=1) / np.sqrt(subsets))
-
-
-def precision_recall(samples: Tensor, pictures: Tensor, k: int = 3) -> tuple[float, float]:
-    def radius(x: Tensor) -> Tensor:
-        return torch.cdist(x, x).kthvalue(k + 1, dim=1).values
-
-    between = torch.cdist(samples.double(), pictures.double())
-    inside_pictures = (between <= radius(pictures.double())[None]).any(1).double().mean()
-    inside_samples = (between <= radius(samples.double())[:, None]).any(0).double().mean()
-    return float(inside_pictures), float(inside_samples)
 
 
 @torch.no_grad()
@@ -93,25 +69,9 @@ def draw_samples(prior: Path, num: int, *, rows: int = 50, eta: float = 1.0, see
     return torch.cat(out)
 
 
-def contact_sheet(x0: Tensor, path: Path, *, columns: int = 12, scale: int = 2) -> None:
-    from PIL import Image
-
-    n, _, h, w = x0.shape
-    rows = -(-n // columns)
-    sheet = torch.full((3, rows * (h + 2), columns * (w + 2)), 1.0)
-    for i in range(n):
-        r, c = divmod(i, columns)
-        sheet[:, r * (h + 2) : r * (h + 2) + h, c * (w + 2) : c * (w + 2) + w] = x0[i].clamp(-1, 1)
-    pixels = ((sheet + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels)
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
-
-
 @torch.no_grad()
 def embed_pool(data: Path, evaluator_folder: Path) -> Tensor:
     """The evaluator's numbers of the pool's pictures, in pool order, not normalised: [pictures, 1280]."""
-    from tiltscope.engine.report.evaluator import load_evaluator
-
     arrays = np.load(data)
     return load_evaluator(evaluator_folder).embed(
         to_unit_range(torch.from_numpy(arrays["fluent_images"][arrays["fluent_pool"]]))
@@ -192,34 +152,57 @@ def measure_recovered(data: Path, trunk_folder: Path, sae: Path) -> float:
 
 
 @torch.no_grad()
-def measure_prior(
-    data: Path, prior: Path, evaluator_folder: Path, embedded_pool: Tensor, *, num: int = 192, sheet: Path | None = None
-) -> dict[str, float]:
-    """KID, precision and recall of unguided samples against the whole pool, with the references that give the scale."""
-    from tiltscope.engine.report.evaluator import load_evaluator
+def measure_prior(data: Path, evaluator: Evaluator, x0: Tensor) -> tuple[dict[str, Any], dict[str, Image.Image]]:
+    """KID, precision, recall and copies of unguided samples, with the scale to read them on; and what a person should look at."""
+    arrays = dict(np.load(data))
+    pictures = to_unit_range(torch.from_numpy(arrays["fluent_images"]))
+    heldout, pool = arrays["fluent_heldout"], arrays["fluent_pool"]
 
-    arrays = np.load(data)
-    pool = arrays["fluent_pool"]
-    held = torch.from_numpy(arrays["fluent_heldout"][pool])
-    mean = to_unit_range(torch.from_numpy(arrays["fluent_images"][pool])).mean(0, keepdim=True)
-    evaluator = load_evaluator(evaluator_folder)
-    samples = draw_samples(prior, num)
-    if sheet is not None:
-        contact_sheet(samples[:96], sheet)
-    embedded = evaluator.embed(samples)
-    noise = evaluator.embed(torch.randn(num, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
-    value, error = kid(embedded, embedded_pool)
-    precision, recall = precision_recall(embedded, embedded_pool)
-    return {
+    def embed(rows: Tensor) -> np.ndarray:
+        return evaluator.embed(rows, batch_size=BATCH).double().numpy()
+
+    samples, real = embed(x0), embed(pictures)
+    test, train = real[heldout & pool], real[~heldout & pool]
+    noise = torch.randn(len(test), *x0.shape[1:], generator=torch.Generator().manual_seed(1))
+    mean = embed(pictures[pool].mean(0, keepdim=True)).repeat(len(test), axis=0)
+    value, error = kid(samples, test)
+    real_value, real_error = kid(train, test)
+    mean_value = kid(mean, test)[0]
+    precision, recall = precision_recall(samples, real[pool])
+    found = copies(samples, real[~heldout], test)
+    figures = {
+        "num_samples": len(x0),
         "kid": value,
         "kid_se": error,
+        "kid_train_pictures": real_value,
+        "kid_train_pictures_se": real_error,
+        "kid_mean_picture": mean_value,
+        "kid_noise": kid(embed(noise), test)[0],
+        "way": way(value, real=real_value, mean_picture=mean_value),
         "precision": precision,
         "recall": recall,
-        "num_samples": num,
-        "kid_heldout_pictures": kid(embedded_pool[held], embedded_pool[~held])[0],
-        "kid_mean_picture": kid(evaluator.embed(mean).expand(num, -1), embedded_pool)[0],
-        "kid_noise": kid(noise, embedded_pool)[0],
+        "neighbours": 5,
+        "copy_threshold": found.threshold,
+        "copy_share": found.share,
+        "distance_quantiles": list(QUANTILES),
+        "sample_distances": np.percentile(found.samples, QUANTILES).tolist(),
+        "heldout_distances": np.percentile(found.heldout, QUANTILES).tolist(),
     }
+    nearest = _nearest_five(found, x0, pictures[~heldout])
+    return figures, {"unguided": sheet(to_pictures(x0[:NUM_SHOWN]), columns=8), "nearest": nearest}
+
+
+def _nearest_five(found: Copies, x0: Tensor, training: Tensor) -> Image.Image:
+    """The five samples nearest to a training picture, each beside it."""
+    closest = np.argsort(found.samples)[:5]
+    rows = [
+        (
+            f"sample {at}\ndistance {found.samples[at]:.2f}",
+            to_pictures(torch.stack([x0[at], training[found.nearest[at]]])),
+        )
+        for at in closest.tolist()
+    ]
+    return labelled(rows, scale=2, label_px=120)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,23 +212,27 @@ class Config:
     train: Path = Path("build/train")
     evaluator: Path = Path("engine/_root/bundles/emoji64/evaluator")
     prior: Path | None = None
-    num: int = 192
+    num: int = 512
     threads: int = 1
     trunk_only: bool = False
+    prior_only: bool = False
 
 
 def main(config: Config) -> None:
     prepare_machine(config.threads)
     data, trunk = config.train / "emoji64.npz", config.train / "trunk/model"
     pool = embed_pool(data, config.evaluator)
-    figures: dict[str, object] = {"knn_top1_heldout": measure_trunk(data, trunk, pool)}
-    if (config.train / "sae/config.json").exists():
+    figures: dict[str, object] = {}
+    if not config.prior_only:
+        figures["knn_top1_heldout"] = measure_trunk(data, trunk, pool)
+    if not config.prior_only and (config.train / "sae/config.json").exists():
         figures["cls_recovered_heldout"] = measure_recovered(data, trunk, config.train / "sae")
     if not config.trunk_only:
         prior = config.prior or config.train / "prior/model"
-        figures["prior"] = measure_prior(
-            data, prior, config.evaluator, pool, num=config.num, sheet=config.train / "samples.png"
-        )
+        samples = draw_samples(prior, config.num)
+        figures["prior"], pictures = measure_prior(data, load_evaluator(config.evaluator), samples)
+        for name, picture in pictures.items():
+            picture.save(config.train / f"{name}.png")
     (config.train / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 

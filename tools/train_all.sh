@@ -1,5 +1,5 @@
 #!/bin/sh
-# data -> trunk -> sae -> prior -> bundle, one after another: two trainings at once on a few cores are slower than both in turn.
+# data -> trunk -> sae -> prior -> bundle -> its figures and card, one after another: two trainings at once on a few cores are slower than both in turn.
 # Every step continues its own checkpoint, so the same command after an interruption goes on where it stopped.
 #   tools/train_all.sh [FOLDER=build/train]     TRUNK_MINUTES, SAE_MINUTES, PRIOR_MINUTES, THREADS, PYTHON in the environment
 set -eu
@@ -13,7 +13,8 @@ export PYTHONSAFEPATH=1 PYTHONPATH="$here"
 export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 quiet="nice -n 19 $python"
 [ -f "$out/emoji64.npz" ] || $quiet "$here/data.py" --data "$out/packages" --out "$out/emoji64.npz"
-[ -f "$out/trunk/model/config.json" ] || $quiet "$here/train_trunk.py" --data "$out/emoji64.npz" --out "$out/trunk" --minutes "${TRUNK_MINUTES:-60}" --threads "$threads"
+[ -f "$out/trunk/model/config.json" ] || $quiet "$here/train_trunk.py" --data "$out/emoji64.npz" --out "$out/trunk" --minutes "${TRUNK_MINUTES:-60}" --processes "$threads"
 [ -f "$out/sae/config.json" ] || $quiet "$here/train_sae.py" --data "$out/emoji64.npz" --trunk "$out/trunk/model" --out "$out/sae" --minutes "${SAE_MINUTES:-15}" --threads "$threads"
-[ -f "$out/prior/model/config.json" ] || $quiet "$here/train_prior.py" --data "$out/emoji64.npz" --out "$out/prior" --minutes "${PRIOR_MINUTES:-480}" --threads "$threads"
+[ -f "$out/prior/model/config.json" ] || $quiet "$here/train_prior.py" --data "$out/emoji64.npz" --out "$out/prior" --minutes "${PRIOR_MINUTES:-480}" --processes "$threads"
 $quiet "$here/make_bundle.py" --train "$out" --wheels "$out/wheels"
+$quiet "$here/bundle_report.py" --data "$out/emoji64.npz" --threads "$threads"

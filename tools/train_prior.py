@@ -12,8 +12,7 @@ by linear interpolation in the angle. t is stratified over the batch. Only train
 variants and flags are capped.
 
 Several processes of one thread each share a batch and average their gradients: on two cores 1.9 times the pictures of one
-process with two threads, which wait for each other at every operator. A step's random numbers depend on (seed, step,
-process) alone, so a checkpoint needs no random state.
+process with two threads, which wait for each other at every operator.
 """
 
 from __future__ import annotations
@@ -23,12 +22,10 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from diffusers import DDPMScheduler, UNet2DModel
@@ -36,12 +33,14 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 from training import (
     Clock,
+    average_gradients,
     learning_rate,
     load_checkpoint,
     log_line,
     prepare_machine,
-    probe_precision,
+    run_processes,
     save_checkpoint,
+    seed_step,
     to_unit_range,
     uniform,
     update_ema,
@@ -175,25 +174,9 @@ def export(average: UNet2DModel, folder: Path) -> None:
     build_scheduler().save_pretrained(folder)
 
 
-def average_gradients(model: nn.Module, extra: list[float]) -> list[float]:
-    """Every gradient becomes its mean over the processes, in one message, and so do the numbers of `extra`."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if not dist.is_initialized():
-        return extra
-    message = torch.cat([*(g.flatten() for g in gradients), torch.tensor(extra)])
-    dist.all_reduce(message)
-    message /= dist.get_world_size()
-    *parts, numbers = message.split([*(g.numel() for g in gradients), len(extra)])
-    for gradient, mean in zip(gradients, parts, strict=True):
-        gradient.copy_(mean.view_as(gradient))
-    return numbers.tolist()
-
-
-def train(rank: int, config: Config, precision: str, meeting: str | None) -> None:
+def train(rank: int, config: Config, precision: str) -> None:
     """One process of `config.processes`; process 0 writes."""
     prepare_machine(threads=1)
-    if meeting is not None:
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=config.processes)
     torch.manual_seed(config.seed)
     generator = torch.Generator()
     pictures = Pictures(config.data, config.flag_share, config.skin_share)
@@ -224,7 +207,7 @@ def train(rank: int, config: Config, precision: str, meeting: str | None) -> Non
 
     saved, running, share = time.monotonic(), {}, clock.share
     while share < 1 and step < config.max_steps:
-        generator.manual_seed((config.seed << 40) + step * config.processes + rank)
+        seed_step(generator, seed=config.seed, step=step, rank=rank)
         lr = learning_rate(config.peak_lr, share=share, step=step, warmup=config.warmup)
         optimiser.param_groups[0]["lr"] = lr
         x0 = pictures.draw(config.batch // config.processes, generator)
@@ -261,21 +244,10 @@ def train(rank: int, config: Config, precision: str, meeting: str | None) -> Non
         }
         log_line(config.out / "log.jsonl", done)
         print(json.dumps(done))
-    if meeting is not None:
-        dist.destroy_process_group()
 
 
 def main(config: Config) -> None:
-    if config.batch % config.processes:
-        raise SystemExit(f"a batch of {config.batch} cannot be shared among {config.processes} processes")
-    times = probe_precision()
-    precision = min(times, key=lambda name: times[name]) if config.precision == "auto" else config.precision
-    if config.processes == 1:
-        train(0, config, precision, None)
-        return
-    with TemporaryDirectory() as folder:
-        meeting = f"file://{folder}/meeting"
-        torch.multiprocessing.spawn(train, (config, precision, meeting), nprocs=config.processes)
+    run_processes(train, config, processes=config.processes, precision=config.precision)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,12 +31,15 @@ import tyro
 from torch import Tensor, nn
 from training import (
     Clock,
+    average_gradients,
     imagenet_normalise,
     learning_rate,
     load_checkpoint,
     log_line,
     prepare_machine,
+    run_processes,
     save_checkpoint,
+    seed_step,
     to_unit_range,
     uniform,
     update_ema,
@@ -54,7 +58,8 @@ class Config:
     data: Path = Path("build/train/emoji64.npz")
     out: Path = Path("build/train/trunk")
     minutes: float = 30.0
-    threads: int = 2
+    processes: int = 1
+    """of one thread each; `batch` is shared among them, and contrasts within its own share"""
     seed: int = 0
     batch: int = 32
     num_local: int = 3
@@ -74,6 +79,8 @@ class Config:
     contrast: float = 1.0
     contrast_temperature: float = 0.15
     flag_share: float = 0.05
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the trunk's products; auto: what the machine does faster"""
     warm_start: Path | None = None
     max_steps: int = 10**9
 
@@ -216,9 +223,15 @@ def block_mask(n: int, side: int, share: float, generator: torch.Generator) -> T
 
 
 def loss_of(
-    student: Student, teacher: Student, things: Things, config: Config, global_px: int, generator: torch.Generator
+    student: Student,
+    teacher: Student,
+    things: Things,
+    config: Config,
+    global_px: int,
+    generator: torch.Generator,
+    precision: str = "float32",
 ) -> tuple[Tensor, dict[str, float]]:
-    b, num_crops = config.batch, 2 + config.num_local
+    b, num_crops = config.batch // config.processes, 2 + config.num_local
     pictures, may_flip = things.draw(b, num_crops, generator)
     large = augment(
         pictures[:2].flatten(0, 1), may_flip.repeat(2), area=(0.45, 1.15), size_px=global_px, generator=generator
@@ -234,13 +247,18 @@ def loss_of(
     mask = block_mask(2 * b, global_px // 8, config.mask_share, generator)
     prefix = 1 + student.trunk.config.num_register_tokens
 
+    def read(trunk: DINOv3ViTModel, pixels: Tensor, masked: Tensor | None = None) -> Tensor:
+        # Heads and losses stay in float32: scores are divided by a temperature of 0.04.
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            return trunk(pixels, bool_masked_pos=masked).last_hidden_state.float()
+
     with torch.no_grad():
-        seen = teacher.trunk(large).last_hidden_state  # [2b, 1+4+p, 192]
+        seen = read(teacher.trunk, large)  # [2b, 1+4+p, 192]
         target_cls = sinkhorn(teacher.cls_head(seen[:, 0]), config.teacher_temperature).view(2, b, -1)
         target_patch = sinkhorn(teacher.patch_head(seen[:, prefix:][mask]), config.teacher_temperature)
 
-    tokens = student.trunk(large, bool_masked_pos=mask).last_hidden_state
-    local = student.trunk(small).last_hidden_state[:, 0]
+    tokens = read(student.trunk, large, mask)
+    local = read(student.trunk, small)[:, 0]
     cls = torch.cat([tokens[:, 0], local])  # [(2 + num_local) * b, 192]
     queries = student.cls_head.embed(cls)
     log_cls = F.log_softmax(student.cls_head.score(queries) / config.student_temperature, dim=-1).view(num_crops, b, -1)
@@ -262,10 +280,11 @@ def loss_of(
     return dino + ibot + config.koleo * spread + config.contrast * contrast, facts
 
 
-def main(config: Config) -> None:
-    prepare_machine(config.threads)
+def train(rank: int, config: Config, precision: str) -> None:
+    """One process of `config.processes`; process 0 writes."""
+    prepare_machine(threads=1)
     torch.manual_seed(config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator()
     things = Things(config.data, config.flag_share)
     student = Student(config.num_prototypes).train()
     if config.warm_start is not None:  # the trunk alone: the heads are not shipped, and start anew
@@ -284,43 +303,47 @@ def main(config: Config) -> None:
     if (path := config.out / "checkpoint.pt").exists():
         facts = load_checkpoint(path, modules=modules, optimiser=optimiser, generator=generator)
         step, clock = facts["step"], Clock(60 * config.minutes, facts["seconds"])
-    saved = time.monotonic()
-    while clock.share < 1 and step < config.max_steps:
-        share = clock.share
+
+    def save() -> None:
+        facts = {"step": step, "seconds": clock.total}
+        save_checkpoint(path, modules=modules, optimiser=optimiser, generator=generator, facts=facts)
+        teacher.trunk.save_pretrained(config.out / "model")  # so an unfinished training can be looked at, and shipped
+
+    saved, share = time.monotonic(), clock.share
+    while share < 1 and step < config.max_steps:
+        seed_step(generator, seed=config.seed, step=step, rank=rank)
         lr = learning_rate(config.peak_lr, share=share, step=step, warmup=config.warmup)
         for group in optimiser.param_groups:
             group["lr"] = lr
         global_px = config.final_px if share > 1 - config.final_share else config.global_px
-        loss, facts = loss_of(student, teacher, things, config, global_px, generator)
+        loss, facts = loss_of(student, teacher, things, config, global_px, generator, precision)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        # 0.95 rising to 0.999: a short training needs a teacher that follows at first and averages at the end.
+        teacher_decay = 1 - (1 - config.teacher_decay) * (0.001 / (1 - config.teacher_decay)) ** share
+        # The schedule is a clock's, and the processes must agree on it: on its mean, as on the gradient's.
+        share, *means = average_gradients(student, [clock.share, loss.item(), *facts.values()])
         nn.utils.clip_grad_norm_(student.parameters(), 3.0)
         optimiser.step()
-        # 0.95 rising to 0.999: a short training needs a teacher that follows at first and averages at the end.
-        update_ema(teacher, student, 1 - (1 - config.teacher_decay) * (0.001 / (1 - config.teacher_decay)) ** share)
+        update_ema(teacher, student, teacher_decay)
         step += 1
+        if rank > 0:
+            continue
         if step % 10 == 0:
-            log_line(
-                config.out / "log.jsonl",
-                {"step": step, "seconds": clock.total, "lr": lr, "global_px": global_px, "loss": loss.item(), **facts},
-            )
+            figures = dict(zip(("loss", *facts), means, strict=True))
+            record = {"step": step, "seconds": clock.total, "lr": lr, "global_px": global_px, **figures}
+            log_line(config.out / "log.jsonl", record)
         if time.monotonic() - saved > 120:
-            save_checkpoint(
-                path,
-                modules=modules,
-                optimiser=optimiser,
-                generator=generator,
-                facts={"step": step, "seconds": clock.total},
-            )
+            save()
             saved = time.monotonic()
-    save_checkpoint(
-        path, modules=modules, optimiser=optimiser, generator=generator, facts={"step": step, "seconds": clock.total}
-    )
-    teacher.trunk.save_pretrained(config.out / "model")
-    log_line(
-        config.out / "log.jsonl",
-        {"done": True, "step": step, "seconds": clock.total, "batch": config.batch, "seed": config.seed},
-    )
+    if rank == 0:
+        save()
+        facts = {"step": step, "seconds": clock.total, "batch": config.batch, "seed": config.seed}
+        log_line(config.out / "log.jsonl", {"done": True, **facts, "precision": precision})
+
+
+def main(config: Config) -> None:
+    run_processes(train, config, processes=config.processes, precision=config.precision)
 
 
 if __name__ == "__main__":

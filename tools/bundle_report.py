@@ -1,0 +1,231 @@
+"""Measure a built bundle and write what was found into it: bundle.json's `reference`, the card, the card's pictures.
+
+    python tools/bundle_report.py                       # every figure of the embedded bundle anew: half an hour on two cores
+
+What a user would get is what is measured: samples come from the engine with its default plan. Every figure stands beside what a
+real picture, random weights or a grey blur would show. Parts (--parts) can be measured alone; the others keep their figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import claim
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from measure import BATCH, NUM_SHOWN, embed_pool, measure_prior, measure_recovered, measure_trunk
+from PIL import Image
+from pool_files import HOOK
+from scipy.stats import ks_2samp
+from sheets import labelled, to_pictures
+from training import prepare_machine
+
+import tiltscope
+from tiltscope.engine.bundle import Bundle
+from tiltscope.engine.tilt.calibrate import default_target, estimates
+
+HERE = Path(__file__).parent
+Part = Literal["trunk", "prior", "features", "claim"]
+PARTS: tuple[Part, ...] = ("trunk", "prior", "features", "claim")
+NUM_BEST = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which bundle to measure, what of it, and from how many samples."""
+
+    bundle: Path = Path("engine/_root/bundles/emoji64")
+    data: Path = Path("build/train/emoji64.npz")
+    parts: tuple[Part, ...] = PARTS
+    num: int = 1000
+    """unguided samples"""
+    num_claim: int = 16
+    """samples a feature and answer"""
+    threads: int = 2
+
+
+def unguided(bundle: Bundle, num: int) -> torch.Tensor:
+    """x0 of `num` draws of the prior alone: seed 0, indices 0, 1, ..."""
+    any_feature = next(f.feature for f in bundle.features() if f.alive)
+    return tiltscope.sample(bundle.prior, bundle.feature(any_feature), num=num, lam=0.0, batch_size=BATCH).x0
+
+
+def histogram_figures(bundle: Bundle, x0: torch.Tensor) -> dict[str, Any]:
+    """Are the pool and the sampler's prior one p? Over the live latents: Kolmogorov-Smirnov distance between the pool's
+    activations and the samples', beside that between the pool's own two splits; and what the difference does to log Z and KL at
+    the default target's lambda, in nats.
+    """
+    table = pq.read_table(bundle.path / "pool/activations.parquet")
+    names = [f.feature for f in bundle.features() if f.alive and f.feature in table.column_names]
+    latents = torch.cat([bundle.latents(part, HOOK) for part in x0.split(BATCH)]).double().numpy()
+    heldout = bundle.pool.heldout
+    distance, split_distance, log_z, kl = [], [], [], []
+    for name in names:
+        natural = table.column(name).to_numpy().astype(np.float64)
+        drawn = latents[:, int(name.rsplit(":", 1)[1])]
+        distance.append(ks_2samp(natural, drawn, method="asymp").statistic)
+        split_distance.append(ks_2samp(natural[~heldout], natural[heldout], method="asymp").statistic)
+        lam = default_target(natural).lam
+        if drawn.std() > 0:
+            pool, prior = estimates(natural, lam), estimates(drawn, lam)
+            log_z.append(abs(pool.log_z - prior.log_z))
+            kl.append(abs(pool.kl - prior.kl))
+    return {
+        "num_latents": len(names),
+        "num_silent_in_samples": len(names) - len(log_z),
+        "ks_median": float(np.median(distance)),
+        "ks_p90": float(np.percentile(distance, 90)),
+        "ks_splits_median": float(np.median(split_distance)),
+        "ks_splits_p90": float(np.percentile(split_distance, 90)),
+        "log_z_error_median": float(np.median(log_z)),
+        "kl_error_median": float(np.median(kl)),
+    }
+
+
+def feature_figures(bundle: Bundle) -> tuple[dict[str, Any], list[dict[str, Any]], Image.Image]:
+    """Counts; the most selective latents, named ones first; their eight strongest pictures."""
+    infos = [f for f in bundle.features() if ":sae:" in f.feature]
+    live = [f for f in infos if f.alive]
+    best = sorted(live, key=lambda f: (f.name is None, -f.selectivity))[:NUM_BEST]
+    counts = {"num_live": len(live), "num_named": sum(f.name is not None for f in live)}
+    rows, pictures = [], []
+    for info in best:
+        strongest = np.argsort(-bundle.pool.activations(bundle.feature(info.feature)), kind="stable")[:8]
+        pictures.append((f"{info.feature}\n{info.name or 'no name'}", to_pictures(bundle.pool.x0(strongest))))
+        rows.append(
+            {
+                "feature": info.feature,
+                "name": info.name,
+                "density": info.density,
+                "selectivity": info.selectivity,
+                "strongest": [bundle.pool.names[at] for at in strongest[:3].tolist()],
+            }
+        )
+    return counts, rows, labelled(pictures, label_px=150)
+
+
+def claim_figures(bundle: Bundle, num: int) -> tuple[list[dict[str, Any]], Image.Image]:
+    """The claim's table, and eight guided samples of each feature that it looks at (64 in all)."""
+    rows, pictures = [], []
+    for address in claim.chosen_features(bundle):
+        found = claim.explain_at_target(bundle, address, num=num)
+        rows.append(claim.row_of(*found))
+        label = f"{address}\n{rows[-1]['name'] or 'no name'}"
+        pictures.append((label, to_pictures(found[0].answers["tilt"].x0[:8])))
+        print(json.dumps(rows[-1]), flush=True)
+    return rows, labelled(pictures[: NUM_SHOWN // 8], label_px=150)
+
+
+def feature_table(best: list[dict[str, Any]]) -> str:
+    lines = ["| feature | name | fires on | selectivity | strongest pictures |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{r['feature']}` | {r['name'] or '-'} | {r['density']:.1%} | {r['selectivity']:.1f} | {', '.join(r['strongest'])} |"
+        for r in best
+    ]
+    return "\n".join(lines)
+
+
+def write_card(path: Path, facts: dict[str, Any]) -> None:
+    """README.md: the template's {names} are looked up in these flat records."""
+    training, reference = facts["training"], facts["reference"]
+    columns = ("loss", "mse_low", "mse_mid", "mse_high")
+    curve = ["| step | minutes | loss | low | middle | high |", "|---|---|---|---|---|---|"]
+    curve += [
+        f"| {r['step']} | {r['seconds'] / 60:.0f} | " + " | ".join(f"{r[c]:.4f}" for c in columns) + " |"
+        for r in training["prior"]["curve"]
+    ]
+    quality = reference["prior"]
+    distances = zip(
+        quality["distance_quantiles"], quality["sample_distances"], quality["heldout_distances"], strict=True
+    )
+    tries = json.loads((HERE / "prior_tries.json").read_text())
+    path.write_text(
+        (HERE / "bundle_card.md")
+        .read_text()
+        .format(
+            description=facts["description"],
+            note=f"**{facts['note']}**\n" if facts["note"] else "",
+            prior=SimpleNamespace(**training["prior"]),
+            trunk=SimpleNamespace(**training["trunk"]),
+            quality=SimpleNamespace(**quality),
+            knn=SimpleNamespace(**reference["knn_top1_heldout"]),
+            sae=SimpleNamespace(**reference["sae"]),
+            features=SimpleNamespace(**reference["features"]),
+            histograms=SimpleNamespace(**reference["histograms"]),
+            recovered=reference["cls_recovered_heldout"],
+            parameters=reference["prior_parameters"] / 1e6,
+            pool=SimpleNamespace(**facts["pool"]),
+            data=SimpleNamespace(**facts["data"]),
+            curve="\n".join(curve),
+            distances="\n".join(f"| {q} % | {a:.3f} | {b:.3f} |" for q, a, b in distances),
+            tries="\n".join(f"| {t['what']} | {t['hours']} | {t['kid']} | {t['seen']} |" for t in tries),
+            claim=claim.table(reference["claim"]),
+            num_more_natural=sum(r["more_natural"] for r in reference["claim"]),
+            num_above=sum(r["above_p99"] for r in reference["claim"]),
+            num_matched=sum(r["matched"] for r in reference["claim"]),
+            num_claim=len(reference["claim"]),
+            best=feature_table(reference["best_features"]),
+            seen=(HERE / "samples_seen.md").read_text().strip(),
+            notes="".join(
+                f"\n{name}: {training[name]['note']}" for name in ("trunk", "sae", "prior") if training[name]["note"]
+            ),
+        )
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        str(p.relative_to(folder)): {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "bundle.json"
+    }
+
+
+def measure(config: Config, bundle: Bundle) -> tuple[dict[str, Any], dict[str, Image.Image]]:
+    """The figures of the wanted parts, and their pictures by name."""
+    figures: dict[str, Any] = {}
+    pictures: dict[str, Image.Image] = {}
+    folder = bundle.path
+    if "trunk" in config.parts:
+        figures["knn_top1_heldout"] = measure_trunk(
+            config.data, folder / "trunk", embed_pool(config.data, folder / "evaluator")
+        )
+        figures["cls_recovered_heldout"] = measure_recovered(config.data, folder / "trunk", folder / "sae")
+    if "prior" in config.parts:
+        x0 = unguided(bundle, config.num)
+        figures["prior"], pictures = measure_prior(config.data, bundle.evaluator(), x0)
+        figures["histograms"] = histogram_figures(bundle, x0)
+    if "features" in config.parts:
+        figures["features"], figures["best_features"], pictures["features"] = feature_figures(bundle)
+    if "claim" in config.parts:
+        figures["claim"], pictures["guided"] = claim_figures(bundle, config.num_claim)
+    return figures, pictures
+
+
+def main(config: Config) -> None:
+    prepare_machine(config.threads)
+    figures, pictures = measure(config, tiltscope.load(str(config.bundle)))
+    facts = json.loads((config.bundle / "bundle.json").read_text())
+    facts["reference"] |= figures
+    for name, picture in pictures.items():
+        picture.save(config.bundle / f"{name}.webp", lossless=True, quality=80, method=4)
+    write_card(config.bundle / "README.md", facts)
+    facts["files"] = hash_files(config.bundle)
+    write_json(config.bundle / "bundle.json", facts)
+    print(json.dumps(facts["reference"] | {"best_features": "..."}, indent=2))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config, description=__doc__))
