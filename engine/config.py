@@ -17,6 +17,7 @@ from tiltscope.engine.errors import ConfigError
 
 MAX_NUM = 1_000_000
 MAX_BATCH = 1024
+MAX_PARTICLES = 4096
 LARGEST_DEFAULT_BUCKET = 8
 
 LIFTS = ("dps",)
@@ -53,7 +54,7 @@ class SampleConfig:
     preset: str = "calibrated"
     """fills what is not given: calibrated"""
     particles: int = 1
-    """particles a sample: 1"""
+    """particles a sample; more than 1: twisted sequential Monte Carlo, which converges to the tilt"""
     seed: int = 0
     """0 to 2^64 - 1; (seed, index) addresses one picture"""
     indices: tuple[int, ...] | None = None
@@ -73,7 +74,7 @@ class SampleConfig:
         self._check_choices()
         _whole("num", self.num, 1, MAX_NUM)
         _whole("seed", self.seed, 0, 2**64 - 1)
-        _whole("particles", self.particles, 1, 1, hint="the particle-corrected sampler is not part of this version")
+        _whole("particles", self.particles, 1, MAX_PARTICLES)
         _whole("calibration_num", self.calibration_num, 16, 100_000)
         if self.steps is not None:
             _whole("steps", self.steps, 1, 100_000)
@@ -150,8 +151,8 @@ class SampleConfig:
 
     @property
     def bucket(self) -> int:
-        """The one padded batch shape of a run: batch_size, else min(8, the next power of two >= num)."""
-        return self.batch_size or min(LARGEST_DEFAULT_BUCKET, 1 << (self.num - 1).bit_length())
+        """The one padded batch shape of a run: batch_size, else min(8, the next power of two that holds every slot)."""
+        return self.batch_size or min(LARGEST_DEFAULT_BUCKET, 1 << (self.num * self.particles - 1).bit_length())
 
     @property
     def all_indices(self) -> Sequence[int]:

@@ -168,7 +168,7 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart |
     run, bundle, feature, natural = inquiry.run, inquiry.bundle, inquiry.feature, inquiry.natural
     notes: dict[str, str] = {}
     with watch("tilt"):
-        tilt = join(run.draw(on_step=on_step))
+        tilt, evidence = run.with_evidence(join(run.draw(on_step=on_step)))
         check_any_finite(tilt, run.plan)
     sign = -1.0 if inquiry.calibration.lam < 0 else 1.0
     reached = float(tilt.activation[tilt.ok].mean()) if tilt.ok.any() else inquiry.target
@@ -232,7 +232,7 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart |
         notes=notes,
         manifest={},
     )
-    return replace(explanation, manifest=_manifest(inquiry, explanation, watch.seconds))
+    return replace(explanation, manifest=_manifest(inquiry, explanation, evidence, watch.seconds))
 
 
 def _from_pool(inquiry: Inquiry, chosen: NDArray[np.int64]) -> Samples:
@@ -295,29 +295,35 @@ def _heat(feature: Feature, samples: Samples) -> torch.Tensor | None:
     return None if parts[0] is None else torch.cat([part for part in parts if part is not None])
 
 
-def _manifest(inquiry: Inquiry, explanation: Explanation, seconds: dict[str, float]) -> dict[str, Any]:
+def _manifest(
+    inquiry: Inquiry, explanation: Explanation, evidence: dict[str, Any], seconds: dict[str, float]
+) -> dict[str, Any]:
     run, calibration = inquiry.run, inquiry.calibration
     tilt, info = explanation.answers["tilt"], inquiry.bundle.info(inquiry.feature)
-    facts = run.describe() | {
-        "command": "explain",
-        "identity": inquiry.identity,
-        "bundle": inquiry.bundle.describe(),
-        "feature_name": explanation.name,
-        "feature_name_source": info.name_source if info else None,
-        "config": inquiry.config.to_json(),
-        "target": explanation.target,
-        "target_quantile": explanation.target_quantile,
-        "calibration": asdict(calibration) | {"source": "pool"},
-        "metrics": explanation.metrics,
-        "prior_check": {
-            "natural_mean": explanation.natural_mean,
-            "prior_mean": explanation.prior_mean,
-            "prior_mean_se": explanation.prior_mean_se,
-            "num": PRIOR_CHECK_NUM,
-        },
-        "warnings": list(explanation.warnings),
-        "notes": explanation.notes,
-        "failures": failures(tilt, run.plan),
-        "seconds": run.seconds | seconds,
-    }
+    facts = (
+        run.describe()
+        | evidence
+        | {
+            "command": "explain",
+            "identity": inquiry.identity,
+            "bundle": inquiry.bundle.describe(),
+            "feature_name": explanation.name,
+            "feature_name_source": info.name_source if info else None,
+            "config": inquiry.config.to_json(),
+            "target": explanation.target,
+            "target_quantile": explanation.target_quantile,
+            "calibration": asdict(calibration) | {"source": "pool"},
+            "metrics": explanation.metrics,
+            "prior_check": {
+                "natural_mean": explanation.natural_mean,
+                "prior_mean": explanation.prior_mean,
+                "prior_mean_se": explanation.prior_mean_se,
+                "num": PRIOR_CHECK_NUM,
+            },
+            "warnings": list(explanation.warnings),
+            "notes": explanation.notes,
+            "failures": failures(tilt, run.plan),
+            "seconds": run.seconds | seconds,
+        }
+    )
     return complete(facts)

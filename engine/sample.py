@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from tiltscope.engine.choice import parse_choice
@@ -24,10 +24,13 @@ from tiltscope.engine.prior.prior import Prior, check_denoise
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.runtime.runners import step_for
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
+from tiltscope.engine.sampler.particles import proposal_plan, settle
 from tiltscope.engine.sampler.plan import GraphKind, Plan, make_plan
-from tiltscope.engine.sampler.state import Programme, SlotState, admit, tick
+from tiltscope.engine.sampler.state import Programme, SlotState, admit
+from tiltscope.engine.sampler.tick import tick
 from tiltscope.engine.samples import Samples, join
 from tiltscope.engine.tilt.calibrate import Calibration, calibrate, estimates
+from tiltscope.engine.tilt.evidence import combine
 from tiltscope.engine.tilt.log_tilt import LOG_TILTS, LogTilt
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -77,11 +80,13 @@ class Run:
     def draw(self, *, skip: Collection[int] = (), on_step: OnStep | None = None) -> Iterator[Samples]:
         """The samples whose index is not in `skip`, in order, one bucket at a time."""
         wanted = (index for index in self.config.all_indices if index not in skip)
-        while indices := list(islice(wanted, self.config.bucket)):
+        # Particles fill buckets: several samples of few, or one sample of many.
+        at_once = max(1, self.config.bucket // self.config.particles)
+        while indices := list(islice(wanted, at_once)):
             yield self._draw_bucket(np.array(indices, np.int64), on_step)
 
     def _draw_bucket(self, indices: NDArray[np.int64], on_step: OnStep | None) -> Samples:
-        num = len(indices)
+        num, particles, bucket = len(indices), self.config.particles, self.config.bucket
         lam = np.array([self.lam[int(index)] if isinstance(self.lam, dict) else self.lam for index in indices])
         state = admit(
             self.programme,
@@ -89,7 +94,7 @@ class Run:
             indices=indices,
             lam=lam,
             readout=self.feature.readout,
-            bucket=self.config.bucket,
+            bucket=-(-num * particles // bucket) * bucket,
         )
         finished = True
         for row in range(self.plan.num_rows):
@@ -97,36 +102,79 @@ class Run:
             if on_step is None:
                 continue
             sigma = float(self.plan.column("sigma")[row])
-            told = Progress(row, self.plan.num_rows, sigma, tuple(indices), seen.activation[:num], seen.x0_hat[:num])
+            first = slice(0, num * particles, particles)  # of particles, the first is shown
+            told = Progress(row, self.plan.num_rows, sigma, tuple(indices), seen.activation[first], seen.x0_hat[first])
             if on_step(told) == "stop":
                 finished = row + 1 == self.plan.num_rows
                 break
         return self._collect(state, num, finished=finished)
 
     def _collect(self, state: SlotState, num: int, *, finished: bool) -> Samples:
-        activation, drive = self.programme.step.measure(state.x, state.readout)
+        activation, drive = self._measure(state)
+        particles = self.config.particles
         # The first and only time the host asks the device: the rows are done.
-        rows, lam = state.row[:num], state.lam[:num]
+        settled = settle(state, activation, self.programme, num) if particles > 1 else None
+        slot = torch.arange(num) if settled is None else settled.chosen
+        rows, lam = state.row[slot], state.lam[slot]
         guided = np.concatenate([[0], np.cumsum(self.plan.kind == GraphKind.GUIDED)])
-        x0 = state.x[:num].to(torch.float32)
-        tilted = bool((lam != 0).any())
-        return Samples(
+        x0 = state.x[slot].to(torch.float32)
+        samples = Samples(
             feature=self.feature.name,
             x0=x0,
             images=self.prior.to_images(x0),
-            activation=activation[:num].to(torch.float32),
-            drive=drive[:num].to(torch.float32),
+            activation=activation[slot].to(torch.float32),
+            drive=drive[slot].to(torch.float32),
             lam=lam.to(torch.float32),
             seed=self.config.seed,
-            index=state.index[:num],
-            target="approximate" if tilted else "consistent",
-            nfe=rows.clone(),
-            n_vjp=torch.from_numpy(guided)[rows] * (lam != 0),
-            ok=state.ok[:num] & finished,
+            index=state.index[slot],
+            target="approximate" if settled is None and bool((lam != 0).any()) else "consistent",
+            nfe=rows * particles,
+            n_vjp=torch.from_numpy(guided)[rows] * (lam != 0) * particles,
+            ok=(state.ok[slot] if settled is None else settled.ok) & finished,
             log_z=self.estimate.log_z if self.estimate else None,
             kl=self.estimate.kl if self.estimate else None,
             ess=self.estimate.ess if self.estimate else None,
+            stopped=not finished,
         )
+        if settled is None:
+            return samples
+        every = slice(0, num * particles)
+        return replace(
+            samples,
+            weights=settled.weight,
+            particles=state.x[every].to(torch.float32).unflatten(0, (num, particles)),
+            particle_activation=activation[every].to(torch.float32).unflatten(0, (num, particles)),
+            group_log_z=settled.log_z,
+            group_phi=settled.phi,
+            group_ess=settled.ess,
+            lineages=settled.lineages,
+        )
+
+    def _measure(self, state: SlotState) -> tuple[Tensor, Tensor]:
+        """(activation, drive) of the finished pictures, a bucket a call."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        for at in range(0, len(state.x), self.config.bucket):
+            part = slice(at, at + self.config.bucket)
+            readout = None if state.readout is None else state.readout[part]
+            parts.append(self.programme.step.measure(state.x[part], readout))
+        activation, drive = (torch.cat(each) for each in zip(*parts, strict=True))
+        return activation, drive
+
+    def evidence(self, log_z: ArrayLike, phi: ArrayLike, ess: ArrayLike) -> dict[str, Any]:
+        """log_z, kl and ess as the particles of many samples give them, for a manifest; {} where lambda differs between them."""
+        found = None if isinstance(self.lam, dict) else combine(log_z, phi, ess, self.lam)
+        if found is None:
+            return {}
+        values = {"log_z": found.log_z, "kl": found.kl, "ess": found.ess}
+        sourced = {name: {"value": value, "source": "smc"} for name, value in values.items()}
+        return sourced | {"log_z": sourced["log_z"] | {"se": found.log_z_se}, "phi_mean": found.phi_mean}
+
+    def with_evidence(self, samples: Samples) -> tuple[Samples, dict[str, Any]]:
+        """`samples` of this run with what their particles say together, and the same for the manifest."""
+        if samples.group_log_z is None or samples.group_phi is None or samples.group_ess is None:
+            return samples, {}
+        facts = self.evidence(samples.group_log_z, samples.group_phi, samples.group_ess)
+        return replace(samples, **{name: facts[name]["value"] for name in ("log_z", "kl", "ess") if facts}), facts
 
     def describe(self) -> dict[str, Any]:
         """The part of a manifest that is known before a picture is drawn."""
@@ -207,7 +255,8 @@ def sample(
     samples = join(run.draw(on_step=on_step))
     check_any_finite(samples, run.plan)
     seconds = run.seconds | {"sampling": time.perf_counter() - started}
-    facts = run.describe() | {"seconds": seconds, "failures": failures(samples, run.plan)}
+    samples, evidence = run.with_evidence(samples)
+    facts = run.describe() | evidence | {"seconds": seconds, "failures": failures(samples, run.plan)}
     return replace(samples, manifest=complete(facts))
 
 
@@ -229,6 +278,8 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
         levels=prior.levels,
         guidance_interval=config.guidance_interval,
     )
+    if config.particles > 1:
+        plan = proposal_plan(plan)
     log_tilt: LogTilt = parse_choice(config.log_tilt, LOG_TILTS, "log_tilt")
     programme = Programme(
         plans=(plan,),
@@ -236,6 +287,8 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
         step=step_for(config.runner, prior, feature, dtype),
         shape=prior.shape,
         dtype=dtype,
+        particles=config.particles,
+        bucket=config.bucket,
     )
     started = time.perf_counter()
     natural, source = _natural_activations(prior, feature, config, programme)
@@ -272,6 +325,7 @@ def unguided_draws(
     programme: Programme, *, seed: int, num: int, bucket: int = CALIBRATION_BATCH
 ) -> Float[Tensor, "num ..."]:
     """`num` samples of the prior under the programme's first plan, at indices 2^31 + i, apart from every user's own."""
+    programme = replace(programme, particles=1, bucket=None)
     finished: list[Tensor] = []
     for at in range(0, num, bucket):
         indices = CALIBRATION_INDEX + np.arange(at, min(at + bucket, num))
@@ -322,15 +376,16 @@ def _given_strength(
 def failures(samples: Samples, plan: Plan) -> list[dict[str, Any]]:
     """Samples that became non-finite or were stopped, with the row and sigma of their last good state."""
     sigma = np.append(plan.column("sigma"), 0.0)
+    rows = (samples.nfe // (1 if samples.weights is None else samples.weights.shape[1])).tolist()
     return [
-        {"index": int(samples.index[at]), "row": int(samples.nfe[at]), "sigma": float(sigma[int(samples.nfe[at])])}
+        {"index": int(samples.index[at]), "row": rows[at], "sigma": float(sigma[rows[at]])}
         for at in torch.nonzero(~samples.ok).flatten().tolist()
     ]
 
 
 def check_any_finite(samples: Samples, plan: Plan) -> None:
-    """Raises NonFiniteError where every sample failed with rows still to do."""
-    if not samples.ok.any() and not torch.isfinite(samples.activation).any():
+    """Raises NonFiniteError where every sample failed, and none was merely stopped."""
+    if not samples.ok.any() and not samples.stopped:
         first = failures(samples, plan)[0]
         raise NonFiniteError(
             f"every sample became non-finite; the first, index {first['index']}, at row {first['row']} "

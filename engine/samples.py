@@ -23,6 +23,9 @@ class Samples:
     target: "approximate" for plug-in guidance, "consistent" for the particle-corrected sampler, "exact" for draws from the
     pool itself or an unguided prior, "none" for activation maximisation, which draws from no stated distribution.
     log_z, kl, ess: of the tilt, None where not known; their source is in the manifest.
+    With particles: `particles` are every sample's weighted pictures, `weights` sum to 1 over each row, x0 is one drawn by weight;
+    group_log_z, group_phi, group_ess, lineages: what each sample's own particles say (sampler/particles.py, Settled).
+    stopped: on_step stopped it, so that what is not ok may be merely unfinished.
     heat: where the feature fires on each sample, in units of activation. sources: names of the pool's pictures, if any.
     """
 
@@ -41,10 +44,16 @@ class Samples:
     log_z: float | None = None
     kl: float | None = None
     ess: float | None = None
-    weights: Tensor | None = None
-    particles: Tensor | None = None
+    weights: Float[Tensor, "num particle"] | None = None
+    particles: Float[Tensor, "num particle ..."] | None = None
+    particle_activation: Float[Tensor, "num particle"] | None = None
+    group_log_z: Float[Tensor, "num"] | None = None
+    group_phi: Float[Tensor, "num"] | None = None
+    group_ess: Float[Tensor, "num"] | None = None
+    lineages: Int[Tensor, "num"] | None = None
     heat: Float[Tensor, "num grid_h grid_w"] | None = None
     sources: tuple[str, ...] | None = None
+    stopped: bool = False
     manifest: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __len__(self) -> int:
@@ -57,6 +66,12 @@ class Samples:
         return save_samples(self, Path(folder))
 
 
+# Fields with one row a sample.
+_A_SAMPLE = {"x0", "images", "activation", "drive", "lam", "index", "nfe", "n_vjp", "ok", "heat"} | {
+    "weights", "particles", "particle_activation", "group_log_z", "group_phi", "group_ess", "lineages"
+}  # fmt: skip
+
+
 def join(chunks: Iterable[Samples]) -> Samples:
     """The samples of one run, in order, as one record."""
     parts = list(chunks)
@@ -65,8 +80,8 @@ def join(chunks: Iterable[Samples]) -> Samples:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values)
 
-    names = ("x0", "images", "activation", "drive", "lam", "index", "nfe", "n_vjp", "ok", "heat")
-    return replace(parts[0], **{name: joined(name) for name in names})
+    together = {name: joined(name) for name in _A_SAMPLE}
+    return replace(parts[0], stopped=any(part.stopped for part in parts), **together)
 
 
 @dataclass(frozen=True, kw_only=True)

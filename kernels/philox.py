@@ -26,6 +26,20 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tenso
     return c0, c1, c2, c3
 
 
+def uniform(
+    key: Int[Tensor, "batch 2"],
+    index: Int[Tensor, "batch"],
+    row: Int[Tensor, "batch"],
+    *,
+    stream: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One uniform number in (0, 1] a slot, [batch]: the first word of element 0, particle 0."""
+    zero = torch.zeros_like(index)
+    word = philox(zero, row.long(), zero + stream, index.long(), key[:, 0], key[:, 1])[0]
+    return (word.to(dtype) + 0.5) * 2.0**-32
+
+
 def normal(
     key: Int[Tensor, "batch 2"],
     index: Int[Tensor, "batch"],

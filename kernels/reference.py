@@ -68,3 +68,41 @@ def guided_step(
         z_dot_delta=(z * delta).sum(over),
         finite=finite,
     )
+
+
+class Resampled(NamedTuple):
+    """What resampling decides, for every group of particles."""
+
+    ancestor: Int[Tensor, "group particle"]
+    log_mean: Float[Tensor, "group"]
+    due: Bool[Tensor, "group"]
+
+
+def resample(
+    log_weight: Float[Tensor, "group particle"], u: Float[Tensor, "group"], threshold: float = 0.5
+) -> Resampled:
+    """Systematic resampling where a group's effective sample size is low; else every particle is its own ancestor.
+
+        W = softmax(log_weight)      due: 1 / sum W^2 < threshold * P      log_mean = log (1/P) sum exp(log_weight)
+        ancestor_i = smallest j with W_0 + ... + W_j >= (i + u) / P
+
+    u in (0, 1], one a group. A weight of exactly 0 (log-weight -inf) is nobody's ancestor; a group of nothing else is never due,
+    and its log_mean is -inf. Selected by masks, never branched on. Source: Kitagawa 1996; Douc, Cappe, Moulines 2005.
+    Reads 8 P bytes and writes 8 P a group: latency-bound.
+    """
+    num = log_weight.shape[1]
+    top = log_weight.amax(1, keepdim=True)
+    alive = torch.isfinite(top)
+    ratio = torch.exp(
+        (log_weight - torch.where(alive, top, 0.0)).double()
+    )  # float64: a running sum of up to 2^16 weights
+    total = ratio.sum(1, keepdim=True)
+    weight = ratio / torch.where(alive, total, 1.0)
+    log_mean = torch.where(alive, top + torch.log(total / num), -torch.inf)[:, 0].to(log_weight.dtype)
+    due = alive[:, 0] & (1 / (weight * weight).sum(1) < threshold * num)
+    own = torch.arange(num, device=log_weight.device)
+    # The end of the running sum is 1 but for rounding: a place beyond it belongs to the last particle that weighs anything.
+    last = torch.where(weight > 0, own, 0).amax(1, keepdim=True)
+    places = (own + u.double()[:, None]) / num
+    found = torch.searchsorted(weight.cumsum(1), places).minimum(last)
+    return Resampled(torch.where(due[:, None], found, own.expand_as(found)), log_mean, due)

@@ -39,6 +39,18 @@ def test_the_tilt_is_what_sample_draws_at_its_lambda(bundle, explanation):
     assert torch.equal(alone.x0, explanation.answers["tilt"].x0)
 
 
+def test_with_particles_the_tilts_numbers_are_what_they_say_of_the_prior(bundle):
+    found = tiltscope.explain(bundle, FEATURE, num=2, steps=5, particles=4)
+    tilt, numbers = found.answers["tilt"], found.metrics["tilt"]
+    assert tilt.target == "consistent"
+    assert found.manifest["log_z"]["source"] == "smc"
+    for name in ("log_z", "kl", "ess"):
+        assert numbers[name] == getattr(tilt, name) == found.manifest[name]["value"]
+    assert numbers["log_z"] != found.calibration.log_z
+    # Of five rows the first holds too little of a picture to be guided, and the correction leaves the last alone.
+    assert (numbers["nfe"], numbers["n_vjp"]) == (20, 12)
+
+
 def test_activations_are_the_features_own(bundle, explanation):
     feature = bundle.feature(FEATURE)
     for samples in explanation.answers.values():

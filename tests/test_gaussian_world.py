@@ -12,7 +12,8 @@ import tiltscope
 from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.sample import prepare, unguided_draws
 from tiltscope.engine.sampler.plan import make_plan
-from tiltscope.engine.sampler.state import admit, tick
+from tiltscope.engine.sampler.state import admit
+from tiltscope.engine.sampler.tick import tick
 from tiltscope.engine.tilt.worlds import GaussianWorld
 
 WORLD = GaussianWorld(s=1.7, shape=(2, 3))

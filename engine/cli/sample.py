@@ -57,7 +57,11 @@ def run(arguments: Arguments) -> None:
                 first = first or chunk
         seconds = drawing.seconds | {"sampling": time.perf_counter() - started}
         with interrupts_wait():
-            whole = writer.close(manifest | {"seconds": seconds, "num_drawn_last": drawn})
+            manifest |= {"seconds": seconds, "num_drawn_last": drawn}
+            whole = writer.close(manifest)
+            if drawing.config.particles > 1:  # over all samples of the folder, those of an earlier sitting too
+                groups = writer.columns("group_log_z", "group_phi", "group_ess")
+                whole = writer.close(manifest | drawing.evidence(*groups))
     except KeyboardInterrupt:
         if there + drawn:
             # A second Ctrl-C must not keep the folder from being left in order.

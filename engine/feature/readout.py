@@ -63,6 +63,10 @@ class Readout:
             raise ValueError(f"a readout of batch {self.batch} cannot serve {n} samples")
         return self._map(lambda t: t.expand(n, *t.shape[1:]))
 
+    def __getitem__(self, part: slice) -> "Readout":
+        """Some samples of the batch (views)."""
+        return self._map(lambda t: t[part])
+
     def scale(self, factor: float) -> "Readout":
         """factor * feature."""
         return Readout(self.direction, self.bias, self.threshold, self.weight * factor, self.pooling, self.mask)

@@ -19,7 +19,9 @@ from tiltscope.engine.samples import Samples
 
 def tensors_of(samples: Samples, rows: Tensor) -> dict[str, Tensor]:
     """The tensors of samples.safetensors for some rows of `samples`."""
-    names = ("x0", "activation", "drive", "lam", "index", "nfe", "n_vjp", "ok", "heat", "weights")
+    names = ("x0", "activation", "drive", "lam", "index", "nfe", "n_vjp", "ok", "heat")
+    # Of particles their weights and activations, not the pictures: those are P times as large as the samples.
+    names += ("weights", "particle_activation", "group_log_z", "group_phi", "group_ess", "lineages")
     held = {name: getattr(samples, name) for name in names}
     # uint64: seeds reach 2^64 - 1.
     seed = torch.full((len(rows),), samples.seed, dtype=torch.uint64)

@@ -95,7 +95,9 @@ def measure(
     }
     values |= _appearance(samples.x0[samples.ok], bundle, in_pool, shown_of)
     if answer == "tilt":
-        values |= {"kl": tilt.kl, "log_z": tilt.log_z, "ess": tilt.ess}
+        # Particles say it of the sampler's own prior; the pool of natural pictures.
+        told = tilt if samples.group_log_z is None else samples
+        values |= {"kl": told.kl, "log_z": told.log_z, "ess": told.ess}
     elif members is not None:
         values |= {
             "kl": math.log(len(natural) / len(members)),

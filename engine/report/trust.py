@@ -113,7 +113,8 @@ def _source(manifest: Mapping[str, Any], name: str) -> str:
     source = (
         as_mapping(manifest.get(name)).get("source") or as_mapping(manifest.get("calibration")).get("source") or "pool"
     )
-    return {"pool": "the natural pictures of the pool"}.get(str(source), str(source))
+    words = {"pool": "the natural pictures of the pool", "smc": "the weights of the particles"}
+    return words.get(str(source), str(source))
 
 
 def log_tilt_spec(manifest: Mapping[str, Any]) -> str:

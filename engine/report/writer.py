@@ -18,7 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tiltscope.engine.errors import ConfigError
@@ -150,6 +152,11 @@ class SampleWriter:
             if (source := open_tensors(path)) is not None:
                 columns = [source.column(name).tolist() for name in _LISTED]
                 yield from (dict(zip(_LISTED, values, strict=True)) for values in zip(*columns, strict=True))
+
+    def columns(self, *names: str) -> list[NDArray[Any]]:
+        """Whole tensors of the merged samples, one row a sample; call `close` first."""
+        found = [source for path in self._tensor_paths() if (source := open_tensors(path)) is not None]
+        return [np.concatenate([source.column(name) for source in found]) for name in names]
 
     @property
     def _parts(self) -> Path:

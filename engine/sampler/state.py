@@ -1,10 +1,11 @@
-"""A batch of slots and the tick that advances each of them by its own row.
+"""A batch of slots: what a tick (tick.py) advances. A checkpoint is the SlotState.
 
-Samples at different rows, of different plans, lambdas, log-tilts and seeds share a batch. A checkpoint is the SlotState.
-The host mirrors the row counters, which are deterministic, so it knows which graphs a tick needs without asking the device.
+Samples at different rows, of different plans, lambdas, log-tilts and seeds share a batch; with particles, each sample is a
+group of slots that stand together. The host mirrors the row counters, which are deterministic, so it knows which graphs a tick
+needs without asking the device.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,9 +21,6 @@ from tiltscope.engine.sampler.noise import STREAM_START, seed_key
 from tiltscope.engine.sampler.plan import COLUMNS, GraphKind, Plan
 from tiltscope.engine.tilt.log_tilt import LogTilt
 from tiltscope.kernels.philox import normal
-from tiltscope.kernels.reference import guided_step
-
-_SIGMA, _ALPHA = COLUMNS.index("sigma"), COLUMNS.index("alpha")
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,8 @@ class SlotState:
     """A batch of slots. Words of `key`: low and high half of the seed. `plan`, `log_tilt`: places in the Programme.
 
     `row` counts the rows a slot has done; it stops, with x at its last good value, where a slot became non-finite (ok False).
-    log_weight and log_twist belong to the particle-corrected sampler and stay 0 without it.
+    Of the particle-corrected sampler (particles.py), constant without it: the particles of a sample are a `group`; `log_weight`,
+    `log_twist` and `lineage` (the start it descends from) are a particle's own, `log_z` is what its group has banked.
     """
 
     x: Float[Tensor, "batch ..."]
@@ -55,6 +54,8 @@ class SlotState:
     log_tilt: Int[Tensor, "batch"]
     log_weight: Float[Tensor, "batch"]
     log_twist: Float[Tensor, "batch"]
+    log_z: Float[Tensor, "batch"]
+    lineage: Int[Tensor, "batch"]
     ok: Bool[Tensor, "batch"]
     host: HostRows
 
@@ -70,15 +71,30 @@ class Observation(NamedTuple):
     z_dot_delta: Float[Tensor, "batch"]
 
 
+class Sight(NamedTuple):
+    """What the networks saw of each slot, before it moves; activation and drive are NaN where no trunk ran."""
+
+    x0_hat: Float[Tensor, "batch ..."]
+    activation: Float[Tensor, "batch"]
+    drive: Float[Tensor, "batch"]
+    grad_a: Float[Tensor, "batch ..."]
+    guided: Bool[Tensor, "batch"]
+
+
 @dataclass(frozen=True)
 class Programme:
-    """What the slots refer to: the plans, the log-tilts and the networks, in the state's dtype."""
+    """What the slots refer to: the plans, the log-tilts and the networks, in the state's dtype.
+
+    particles: slots a sample. bucket: slots that a network call takes, None for all of them at once.
+    """
 
     plans: tuple[Plan, ...]
     log_tilts: tuple[LogTilt, ...]
     step: Step
     shape: tuple[int, ...]
     dtype: torch.dtype
+    particles: int = 1
+    bucket: int | None = None
 
     @cached_property
     def table(self) -> Float[Tensor, "plan row 11"]:
@@ -93,13 +109,24 @@ class Programme:
     def num_rows(self) -> Int[Tensor, "plan"]:
         return torch.tensor([plan.num_rows for plan in self.plans])
 
+    @cached_property
+    def kind_table(self) -> NDArray[np.int8]:
+        """int8 [plan, row + 1]: the graph of every plan's every row, then -1."""
+        longest = max(plan.num_rows for plan in self.plans)
+        kinds = np.full((len(self.plans), longest + 1), -1, np.int8)
+        for at, plan in enumerate(self.plans):
+            kinds[at, : plan.num_rows] = plan.kind
+        return kinds
+
     def kinds(self, host: HostRows) -> NDArray[np.int8]:
         """The graph each slot's next row needs; -1 for a slot that has done its plan. An untilted slot is unguided."""
-        kinds = np.full(len(host.row), -1, np.int8)
-        for slot, (plan, row, tilted) in enumerate(zip(host.plan, host.row, host.tilted, strict=True)):
-            if row < self.plans[plan].num_rows:
-                kinds[slot] = self.plans[plan].kind[row] if tilted else GraphKind.UNGUIDED
-        return kinds
+        kinds = self.kind_table[host.plan, host.row]
+        return np.where((kinds >= 0) & ~host.tilted, np.int8(GraphKind.UNGUIDED), kinds)
+
+
+def per_slot(values: Tensor, like: Tensor) -> Tensor:
+    """values [batch] as [batch, 1, ...], to broadcast over pictures like `like`."""
+    return values.reshape(-1, *(1,) * (like.dim() - 1))
 
 
 def admit(
@@ -111,30 +138,37 @@ def admit(
     readout: Readout | None,
     bucket: int,
 ) -> SlotState:
-    """Fresh slots for `indices` (at most `bucket`) of one seed at row 0, x ~ N(0, I); the rest is unguided padding.
+    """Fresh slots for `indices` of one seed at row 0, x ~ N(0, I), `programme.particles` of them for each index.
 
-    readout: of the one feature asked for (batch 1), repeated over the slots. Padding slots repeat the first index.
+    bucket: slots in all; the rest is unguided padding, which repeats the first index. readout: of the one feature asked for
+    (batch 1), repeated over the slots.
     """
-    padding = bucket - len(indices)
-    index = torch.from_numpy(np.concatenate([indices, np.repeat(indices[:1], padding)]))
-    lam = np.concatenate([lam, np.zeros(padding)])
+    num, each = len(indices), programme.particles
+    padding = bucket - num * each
+    index = torch.from_numpy(np.concatenate([np.repeat(indices, each), np.repeat(indices[:1], padding)]))
+    particle = torch.from_numpy(np.concatenate([np.tile(np.arange(each), num), np.arange(padding)]))
+    group = torch.from_numpy(np.concatenate([np.repeat(np.arange(num), each), np.full(padding, num)]))
+    lam = np.concatenate([np.repeat(lam, each), np.zeros(padding)])
     zeros = torch.zeros(bucket, dtype=torch.int64)
+    zero = torch.zeros(bucket, dtype=programme.dtype)
     key = torch.tensor([seed_key(seed)]).expand(bucket, 2)
-    x = normal(key, index, zeros, zeros, stream=STREAM_START, shape=programme.shape, dtype=programme.dtype)
+    x = normal(key, index, zeros, particle, stream=STREAM_START, shape=programme.shape, dtype=programme.dtype)
     return SlotState(
         x=x,
         history=torch.zeros_like(x),
         row=zeros,
         key=key,
         index=index,
-        particle=zeros,
-        group=torch.arange(bucket),
+        particle=particle,
+        group=group,
         plan=zeros,
         readout=None if readout is None else readout.expand(bucket),
         lam=torch.from_numpy(lam).to(programme.dtype),
         log_tilt=zeros,
-        log_weight=torch.zeros(bucket, dtype=programme.dtype),
-        log_twist=torch.zeros(bucket, dtype=programme.dtype),
+        log_weight=zero,
+        log_twist=zero,
+        log_z=zero,
+        lineage=particle,
         ok=torch.ones(bucket, dtype=torch.bool),
         host=HostRows(
             plan=np.zeros(bucket, np.int64),
@@ -142,68 +176,3 @@ def admit(
             tilted=lam != 0,
         ),
     )
-
-
-def tick(state: SlotState, programme: Programme) -> tuple[SlotState, Observation]:
-    """Advance every slot by its own row; slots that have done their plan, and slots that failed, stay as they are.
-
-    Each graph kind present runs once over the whole bucket, and every slot takes the outputs of its own kind: a slot's
-    numbers come from its own inputs in one fixed batch shape, whatever its batch mates are.
-    """
-    kinds = programme.kinds(state.host)
-    table = programme.table
-    row = table[state.plan, state.row.clamp(max=table.shape[1] - 1)]
-    sigma, alpha = row[:, _SIGMA], row[:, _ALPHA]
-    guided = torch.from_numpy(kinds == GraphKind.GUIDED)
-
-    x0_hat = grad_a = torch.zeros_like(state.x)
-    activation = drive = torch.full_like(state.lam, torch.nan)
-    if (kinds == GraphKind.UNGUIDED).any():
-        x0_hat = programme.step.unguided(state.x, sigma, alpha)
-    if (kinds == GraphKind.GUIDED).any():
-        out = programme.step.guided(state.x, sigma, alpha, state.readout)
-        x0_hat = torch.where(_per_slot(guided, state.x), out.x0_hat, x0_hat)
-        activation = torch.where(guided, out.activation, activation)
-        drive = torch.where(guided, out.drive, drive)
-        grad_a = out.grad_a
-
-    moved = guided_step(
-        state.x,
-        x0_hat,
-        grad_a,
-        state.history,
-        row.to(state.x.dtype),
-        strength(state, programme.log_tilts, drive),
-        guided,
-        state.key,
-        state.index,
-        state.row,
-        state.particle,
-    )
-    active = state.row < programme.num_rows[state.plan]
-    # A drive that is not a number has a gradient of 0 or anything: it counts as a failure of its own.
-    sound = moved.finite & (torch.isfinite(drive) | ~guided)
-    ok = state.ok & (sound | ~active)
-    advance = active & ok
-    here = _per_slot(advance, state.x)
-    after = replace(
-        state,
-        x=torch.where(here, moved.x, state.x),
-        history=torch.where(here, moved.history, state.history),
-        row=state.row + advance,
-        ok=ok,
-        host=replace(state.host, row=state.host.row + (kinds >= 0)),
-    )
-    return after, Observation(x0_hat, activation, drive, *moved[2:5])
-
-
-def strength(state: SlotState, log_tilts: tuple[LogTilt, ...], drive: Tensor) -> Tensor:
-    """w = lambda phi'(drive), each slot by its own log-tilt."""
-    slope = torch.zeros_like(drive)
-    for at, log_tilt in enumerate(log_tilts):
-        slope = torch.where(state.log_tilt == at, log_tilt.slope(drive), slope)
-    return state.lam * slope
-
-
-def _per_slot(flags: Tensor, like: Tensor) -> Tensor:
-    return flags.reshape(-1, *(1,) * (like.dim() - 1))

@@ -71,6 +71,30 @@ def test_a_longer_run_continues_a_shorter_one(cli, folder: Path, tiny_bundle: Pa
     assert files(folder / "out") == files(folder / "at-once")
 
 
+def test_particles_are_kept_and_their_evidence_is_of_every_part_of_a_continued_run(
+    cli, folder: Path, tiny_bundle: Path
+) -> None:
+    def run(num: str, out: str) -> dict:
+        done = cli(*COMMAND, "--particles", "3", "--num", num, "--bundle", tiny_bundle, "--out", out, "--json")
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    run("2", "out")
+    continued, at_once = run("5", "out"), run("5", "at-once")
+    assert files(folder / "out") == files(folder / "at-once")
+    bundle = tiltscope.load(tiny_bundle)
+    settings = {"lam": 1.5, "steps": 3, "batch_size": 2, "particles": 3}
+    samples = tiltscope.sample(bundle.prior, bundle.feature(FEATURE), num=5, **settings)
+    for manifest in (continued, at_once):
+        for name in ("log_z", "kl", "ess"):
+            assert manifest[name]["source"] == "smc"
+            assert manifest[name]["value"] == pytest.approx(getattr(samples, name), rel=1e-5)
+        assert manifest["log_z"]["se"] == pytest.approx(samples.manifest["log_z"]["se"], rel=1e-5)
+    held = load_file(folder / "out" / "samples.safetensors")
+    for name in ("weights", "particle_activation", "group_log_z", "lineages"):
+        assert torch.equal(held[name], getattr(samples, name)), name
+
+
 def test_an_interrupt_inside_a_write_keeps_the_chunk_and_the_same_command_continues(
     cli, folder: Path, tiny_bundle: Path, monkeypatch
 ) -> None:

@@ -11,7 +11,8 @@ import tiltscope
 from tiltscope.engine.errors import NonFiniteError
 from tiltscope.engine.runtime.step import TorchStep
 from tiltscope.engine.sampler.plan import make_plan
-from tiltscope.engine.sampler.state import Programme, admit, tick
+from tiltscope.engine.sampler.state import Programme, admit
+from tiltscope.engine.sampler.tick import tick
 from tiltscope.engine.tilt.log_tilt import Capped, Linear
 from tiltscope.engine.tilt.worlds import GaussianWorld
 
