@@ -20,7 +20,7 @@ MAX_BATCH = 1024
 MAX_PARTICLES = 4096
 LARGEST_DEFAULT_BUCKET = 8
 
-LIFTS = ("dps",)
+CALIBRATIONS = ("pool", "sampler")
 DTYPES = ("float32", "float64")
 PRESETS: dict[str, dict[str, Any]] = {
     # The KL-minimal tilt at a calibrated lambda. Ancestral sampling, because plug-in guidance has no consistent marginals
@@ -42,11 +42,11 @@ class SampleConfig:
     target_activation: float | None = None
     """the wanted mean of phi(activation); lambda is calibrated to it"""
     log_tilt: str | None = None
-    """linear | capped(cap=C)"""
+    """linear | zscored(mean=M, sd=S) | capped(cap=C) | hinge(c=C, kappa=K) | target(c=C, tau=T) | smooth_cap(c=C, tau=T) | soft_hard(c=C, tau=T)"""
     lift: str | None = None
-    """dps"""
+    """dps | none | normalized | lgd_mc(draws=N) | covariance | tfg(rho=R, mu=M, n_iter=N, gamma=G) | daps(ode_steps=K)"""
     solver: str | None = None
-    """ddpm | ddim(eta=E) | euler | heun | dpmpp_2m"""
+    """ddpm | ddim(eta=E) | euler | heun | dpmpp_2m | renoise (the lift daps's own)"""
     steps: int | None = None
     """intervals of the noise grid"""
     grid: str | None = None
@@ -63,8 +63,12 @@ class SampleConfig:
     """slots a step advances together (default: the power of two that holds num, at most 8)"""
     guidance_interval: tuple[float, float] | None = None
     """(sigma_lo, sigma_hi): rows outside are not guided"""
+    calibration: str = "pool"
+    """what lambda is calibrated on: pool (natural pictures) | sampler (dual ascent on its own draws)"""
     calibration_num: int = 256
-    """unguided draws that calibrate lambda where prior and feature share no pool"""
+    """draws that calibrate lambda: of the sampler, or unguided where prior and feature share no pool"""
+    beyond_pool: bool = False
+    """allow targets that natural pictures cannot carry; needs --calibration sampler"""
     runner: str = "torch"
     """torch"""
     dtype: str = "float32"
@@ -82,6 +86,12 @@ class SampleConfig:
             _whole("batch_size", self.batch_size, 1, MAX_BATCH)
         if self.target_activation is not None:
             self._set(target_activation=_finite("target_activation", self.target_activation))
+        if type(self.beyond_pool) is not bool:
+            raise ConfigError(f"beyond_pool: got {self.beyond_pool!r}, allowed are true and false")
+        if self.beyond_pool and self.calibration != "sampler":
+            raise ConfigError(
+                "beyond_pool: only the sampler itself can say what lies there; give calibration sampler too"
+            )
         self._check_lam()
         self._check_indices()
         self._check_interval()
@@ -95,17 +105,22 @@ class SampleConfig:
         from tiltscope.engine.sampler.plan import GRIDS, SOLVERS
         from tiltscope.engine.tilt.log_tilt import LOG_TILTS
 
-        for name, registry in (("solver", SOLVERS), ("grid", GRIDS), ("log_tilt", LOG_TILTS)):
+        registries: dict[str, Any] = {"solver": SOLVERS, "grid": GRIDS, "log_tilt": LOG_TILTS}
+        if self.lift is not None:
+            from tiltscope.engine.sampler.lifts import LIFTS
+
+            registries["lift"] = LIFTS
+        for name, registry in registries.items():
             if (given := getattr(self, name)) is not None:
                 self._set(**{name: describe_choice(parse_choice(given, registry, name), registry)})
         for name, allowed in (
             ("runner", runner_names()),
             ("dtype", DTYPES),
             ("preset", tuple(PRESETS)),
-            ("lift", LIFTS),
+            ("calibration", CALIBRATIONS),
         ):
             given = getattr(self, name)
-            if given not in allowed and not (name == "lift" and given is None):
+            if given not in allowed:
                 raise ConfigError(f"{name}: got {given!r}, allowed are {', '.join(allowed)}")
 
     def _check_lam(self) -> None:
@@ -160,7 +175,9 @@ class SampleConfig:
 
     def resolved(self) -> Self:
         """The same settings with everything the preset fills written out."""
-        missing = {name: value for name, value in PRESETS[self.preset].items() if getattr(self, name) is None}
+        # The lift daps draws x0 itself and needs the solver that renoises it, whatever the preset's.
+        own = {"solver": "renoise"} if (self.lift or "").startswith("daps") else {}
+        missing = {name: value for name, value in (PRESETS[self.preset] | own).items() if getattr(self, name) is None}
         return replace(self, **missing)
 
     def to_json(self) -> dict[str, Any]:
@@ -187,6 +204,10 @@ class SampleConfig:
 class ExplainConfig(SampleConfig):
     """Settings of explain(): those of sample(), and the target as a quantile of natural activation."""
 
+    calibration: str = "sampler"
+    """what lambda is calibrated on: sampler (dual ascent on its own draws) | pool (natural pictures)"""
+    calibration_num: int = 64
+    """draws of the sampler that calibrate lambda"""
     target_quantile: float | None = field(default=None)
     """the target as a quantile of natural activation, strictly between 0 and 1"""
 

@@ -11,7 +11,7 @@ The three rivals are held to the activation that the tilt reached, so what is co
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from tiltscope.engine.bundle import Bundle
+from tiltscope.engine.calibration import calibrate_on_sampler
 from tiltscope.engine.choice import parse_choice
 from tiltscope.engine.config import ExplainConfig, SampleConfig
 from tiltscope.engine.errors import CalibrationError
@@ -41,6 +42,7 @@ from tiltscope.engine.tilt.calibrate import (
     calibrate,
     default_target,
     estimates,
+    largest_reachable,
     quantile_of,
     target_at_quantile,
     tilted_mean,
@@ -48,10 +50,12 @@ from tiltscope.engine.tilt.calibrate import (
 from tiltscope.engine.tilt.log_tilt import LOG_TILTS, LogTilt
 from tiltscope.engine.tilt.pool_rivals import hard_truncation, top_k
 
+SAMPLE_SETTINGS = tuple(each.name for each in fields(SampleConfig))
 # Unguided draws that say whether the sampler's prior is the p that the pool calibrates.
 PRIOR_CHECK_NUM = 32
 # What answer() does in turn, and how it is called where a person watches.
 PARTS = {
+    "calibration": "calibrating lambda on the sampler",
     "tilt": "drawing the tilt",
     "prior_check": "checking the prior against the pool",
     "pool_rivals": "picking from the pool",
@@ -81,7 +85,10 @@ class _Stopwatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Inquiry:
-    """A checked request: the feature, its natural activations, and a Run whose lambda reaches the target."""
+    """A checked request: the feature, its natural activations, and a Run whose lambda reaches the target on the pool.
+
+    Where the target lies beyond the pool, calibration is that of the furthest mean which the pool carries, and not feasible.
+    """
 
     bundle: Bundle
     feature: Feature
@@ -109,7 +116,8 @@ def explain(
     """The main job: four answers to what `feature` means, and their numbers.
 
     settings: every keyword of sample(). At most one of lam, target_activation and target_quantile; without any, the largest
-    target that at least 10 effective natural pictures carry. Raises as sample() does; TypeError for an unknown keyword.
+    target that at least 10 effective natural pictures carry. Unless lam is given it is calibrated on the sampler itself
+    (calibration="pool": on natural pictures alone), and remembered. Raises as sample() does; TypeError for an unknown keyword.
     """
     for name in ("lam", "indices", "guidance_interval"):
         if isinstance(settings.get(name), Sequence) and not isinstance(settings[name], str):
@@ -126,8 +134,11 @@ def inquire(bundle: Bundle, feature: Feature | str, config: ExplainConfig) -> In
     natural = bundle.pool.activations(feature)
     target, calibration = _target(config, natural, log_tilt)
     lam = config.lam if isinstance(config.lam, tuple) else calibration.lam
-    settings = {name: value for name, value in config.to_json().items() if name != "target_quantile"}
+    settings = {name: value for name, value in config.to_json().items() if name in SAMPLE_SETTINGS}
     asked = SampleConfig.from_json(settings | {"lam": lam, "target_activation": None})
+    run = prepare(bundle.prior, feature, asked)
+    if config.lam is None and not calibration.feasible:
+        run = replace(run, estimate=None)
     return Inquiry(
         bundle=bundle,
         feature=feature,
@@ -136,7 +147,7 @@ def inquire(bundle: Bundle, feature: Feature | str, config: ExplainConfig) -> In
         target=target,
         target_quantile=quantile_of(natural, target, log_tilt=log_tilt),
         calibration=calibration,
-        run=prepare(bundle.prior, feature, asked),
+        run=run,
     )
 
 
@@ -153,13 +164,18 @@ def _target(config: ExplainConfig, natural: NDArray[np.float64], log_tilt: LogTi
         chosen = default_target(natural, log_tilt=log_tilt)
         return chosen.target, estimates(natural, chosen.lam, log_tilt=log_tilt)
     found = calibrate(natural, target, log_tilt=log_tilt)
-    if not found.feasible:
+    if found.feasible:
+        return target, found
+    if not config.beyond_pool or target < float(log_tilt.phi(natural).mean()):
         raise CalibrationError(found.reason)
-    return target, found
+    furthest = calibrate(natural, largest_reachable(natural, log_tilt=log_tilt), log_tilt=log_tilt)
+    return target, replace(
+        furthest, feasible=False, reason=f"beyond the pool: {found.reason}; KL, log Z and ESS are not known"
+    )
 
 
 def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart | None = None) -> Explanation:
-    """Draw the tilt, hold the three rivals to the activation it reached, and measure all four.
+    """Calibrate, draw the tilt, hold the three rivals to the activation it reached, and measure all four.
 
     Where lambda is negative the rivals look for the weakest pictures instead: top-K, truncation and maximisation of -a.
     on_step: told of every row of the tilt. on_part: told of each part in words as it begins.
@@ -167,6 +183,11 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart |
     watch = _Stopwatch(on_part)
     run, bundle, feature, natural = inquiry.run, inquiry.bundle, inquiry.feature, inquiry.natural
     notes: dict[str, str] = {}
+    if inquiry.config.calibration == "sampler" and inquiry.config.lam is None and run.lam != 0:
+        with watch("calibration"):
+            natural_mean = float(run.programme.log_tilts[0].phi(natural).mean())
+            run = calibrate_on_sampler(run, inquiry.target, natural_mean)
+        inquiry = replace(inquiry, run=run)
     with watch("tilt"):
         tilt, evidence = run.with_evidence(join(run.draw(on_step=on_step)))
         check_any_finite(tilt, run.plan)
@@ -201,7 +222,7 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart |
                 feature=feature,
                 natural=natural,
                 log_tilt=run.programme.log_tilts[0],
-                tilt=inquiry.calibration,
+                tilt=inquiry.calibration if run.estimate or isinstance(run.lam, dict) else None,
                 seconds=seconds[name],
                 members=hard.members if name == "hard" else None,
             )
@@ -222,7 +243,7 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart |
         metrics=metrics,
         target=inquiry.target,
         target_quantile=inquiry.target_quantile,
-        lam=inquiry.calibration.lam,
+        lam=inquiry.calibration.lam if isinstance(run.lam, dict) else run.lam,
         calibration=inquiry.calibration,
         natural=natural,
         natural_mean=float(natural.mean()),

@@ -6,6 +6,7 @@ Row order of pool/pool.parquet is the pool index everywhere. Everything is read 
 import io
 from collections.abc import Iterable
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.feature.feature import Feature, check_activation
-from tiltscope.engine.files import VerifiedFolder, read_tensors
+from tiltscope.engine.files import VerifiedFolder, read_json, read_tensors
 
-PICTURES, ACTIVATIONS, STATISTICS, EMBEDDINGS = (
+PICTURES, ACTIVATIONS, STATISTICS, EMBEDDINGS, CALIBRATIONS = (
     "pool.parquet",
     "activations.parquet",
     "statistics.safetensors",
     "embeddings.safetensors",
+    "calibrations.json",
 )
 BATCH = 64
 
@@ -140,6 +142,13 @@ class Pool:
         with torch.no_grad():
             parts = [feature.activation(self.x0(batch).to(dtype)).double() for batch in batches]
         return torch.cat(parts).numpy()
+
+    @cached_property
+    def calibrations(self) -> dict[str, Any]:
+        """What the bundle brings of calibrations on the sampler, by key (engine/calibration.py)."""
+        if str(PurePosixPath(self._path, CALIBRATIONS)) not in self._files.names:
+            return {}
+        return read_json(self._files.file(self._path, CALIBRATIONS))
 
     def embeddings(self) -> Float[np.ndarray, "num size"]:
         """The evaluator's embedding of every picture, L2-normalised, float32 (stored in float16)."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -23,13 +23,15 @@ from tiltscope.engine.feature.feature import Feature, check_activation
 from tiltscope.engine.prior.prior import Prior, check_denoise
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.runtime.runners import step_for
+from tiltscope.engine.sampler.lifts import LIFTS, Lift
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.sampler.particles import proposal_plan, settle
 from tiltscope.engine.sampler.plan import GraphKind, Plan, make_plan
 from tiltscope.engine.sampler.state import Programme, SlotState, admit
 from tiltscope.engine.sampler.tick import tick
 from tiltscope.engine.samples import Samples, join
-from tiltscope.engine.tilt.calibrate import Calibration, calibrate, estimates
+from tiltscope.engine.tilt.ascent import Ascent
+from tiltscope.engine.tilt.calibrate import Calibration, calibrate, estimates, largest_reachable
 from tiltscope.engine.tilt.evidence import combine
 from tiltscope.engine.tilt.log_tilt import LOG_TILTS, LogTilt
 
@@ -55,7 +57,8 @@ class Run:
     """A request that can be drawn from: everything checked, lambda known.
 
     natural: activations of natural pictures, None where lam was given and prior and feature share no pool; `source` says
-    whose they are. estimate: KL, log Z and ESS at lam, None without `natural` or where lam differs between samples.
+    whose they are. estimate: KL, log Z and ESS of the tilt that `natural` gives for what was asked, None without `natural`,
+    beyond its reach, or where lam differs between samples. ascent: how lam was found on the sampler, None where it was not.
     """
 
     prior: Prior
@@ -67,6 +70,7 @@ class Run:
     source: Literal["pool", "unguided draws"] | None
     estimate: Calibration | None
     seconds: dict[str, float]
+    ascent: Ascent | None = None
 
     @property
     def plan(self) -> Plan:
@@ -83,9 +87,10 @@ class Run:
         # Particles fill buckets: several samples of few, or one sample of many.
         at_once = max(1, self.config.bucket // self.config.particles)
         while indices := list(islice(wanted, at_once)):
-            yield self._draw_bucket(np.array(indices, np.int64), on_step)
+            yield self.draw_bucket(np.array(indices, np.int64), on_step)
 
-    def _draw_bucket(self, indices: NDArray[np.int64], on_step: OnStep | None) -> Samples:
+    def draw_bucket(self, indices: NDArray[np.int64], on_step: OnStep | None = None) -> Samples:
+        """The samples of these indices, advanced together."""
         num, particles, bucket = len(indices), self.config.particles, self.config.bucket
         lam = np.array([self.lam[int(index)] if isinstance(self.lam, dict) else self.lam for index in indices])
         state = admit(
@@ -116,7 +121,7 @@ class Run:
         settled = settle(state, activation, self.programme, num) if particles > 1 else None
         slot = torch.arange(num) if settled is None else settled.chosen
         rows, lam = state.row[slot], state.lam[slot]
-        guided = np.concatenate([[0], np.cumsum(self.plan.kind == GraphKind.GUIDED)])
+        nfe, n_vjp = self._cost(rows, lam)
         x0 = state.x[slot].to(torch.float32)
         samples = Samples(
             feature=self.feature.name,
@@ -128,8 +133,8 @@ class Run:
             seed=self.config.seed,
             index=state.index[slot],
             target="approximate" if settled is None and bool((lam != 0).any()) else "consistent",
-            nfe=rows * particles,
-            n_vjp=torch.from_numpy(guided)[rows] * (lam != 0) * particles,
+            nfe=nfe * particles,
+            n_vjp=n_vjp * particles,
             ok=(state.ok[slot] if settled is None else settled.ok) & finished,
             log_z=self.estimate.log_z if self.estimate else None,
             kl=self.estimate.kl if self.estimate else None,
@@ -149,6 +154,13 @@ class Run:
             group_ess=settled.ess,
             lineages=settled.lineages,
         )
+
+    def _cost(self, rows: Int[Tensor, "num"], lam: Float[Tensor, "num"]) -> tuple[Tensor, Tensor]:
+        """Evaluations of the denoiser, and backward passes, in the first `rows` rows of each sample."""
+        lift = self.programme.lift
+        guided = torch.from_numpy(np.concatenate([[0], np.cumsum(self.plan.kind == GraphKind.GUIDED)]))[rows]
+        guided = guided if lift.moves_x0 else guided * (lam != 0)
+        return rows + guided * (lift.nfe - 1), guided * lift.n_vjp
 
     def _measure(self, state: SlotState) -> tuple[Tensor, Tensor]:
         """(activation, drive) of the finished pictures, a bucket a call."""
@@ -192,6 +204,7 @@ class Run:
             "bucket": self.config.bucket,
             "rows": self.plan.num_rows,
             "lam": list(self.lam.values()) if isinstance(self.lam, dict) else self.lam,
+            "ascent": None if self.ascent is None else self.ascent.to_json(),
             **sourced,
             "runner": self.programme.step.name,
             "kernels": "reference",
@@ -206,7 +219,7 @@ def sample(
     lam: float | Sequence[float] | None = None,
     target_activation: float | None = None,
     log_tilt: Any = None,
-    lift: str | None = None,
+    lift: Any = None,
     solver: Any = None,
     steps: int | None = None,
     grid: Any = None,
@@ -216,7 +229,9 @@ def sample(
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    calibration: str = "pool",
     calibration_num: int = 256,
+    beyond_pool: bool = False,
     runner: str = "torch",
     dtype: str = "float32",
     on_step: OnStep | None = None,
@@ -225,8 +240,11 @@ def sample(
 
     Exactly one of lam (a float, or num floats; 0 is the unguided prior bit for bit, negative suppresses) and
     target_activation c, which calibrates lam so that E_q[phi(a)] = c: on the pool where prior and feature come from one
-    bundle, else on calibration_num unguided draws. (seed, index) addresses one picture: it is bitwise the same in whatever
-    company it is drawn inside one batch_size; across batch sizes within 1e-3 (guided, float32, RMS over a picture).
+    bundle, else on calibration_num unguided draws. calibration="sampler" goes on from there by dual ascent on
+    calibration_num draws of the sampler itself, whose mean is then c although it is biased (engine/calibration.py).
+
+    (seed, index) addresses one picture: it is bitwise the same in whatever company it is drawn inside one batch_size; across
+    batch sizes within 1e-3 (guided, float32, RMS over a picture).
 
     Raises ConfigError for a value that is not allowed, CalibrationError for a target out of reach, NonFiniteError where no
     sample stayed finite. Source: method of DPS (Chung et al. 2023) for the lift; proof: tests/test_gaussian_world.py.
@@ -246,11 +264,13 @@ def sample(
         indices=indices,  # pyright: ignore[reportArgumentType]  likewise
         batch_size=batch_size,
         guidance_interval=guidance_interval,
+        calibration=calibration,
         calibration_num=calibration_num,
+        beyond_pool=beyond_pool,
         runner=runner,
         dtype=dtype,
     )
-    run = prepare(prior, feature, config)
+    run = calibrated(prepare(prior, feature, config))
     started = time.perf_counter()
     samples = join(run.draw(on_step=on_step))
     check_any_finite(samples, run.plan)
@@ -278,13 +298,19 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
         levels=prior.levels,
         guidance_interval=config.guidance_interval,
     )
+    lift: Lift = parse_choice(config.lift, LIFTS, "lift")
+    if lift.moves_x0 != (config.solver == "renoise"):
+        raise ConfigError(
+            f"solver and lift: got {config.solver} with {config.lift}; the lift daps and the solver renoise need each other"
+        )
     if config.particles > 1:
-        plan = proposal_plan(plan)
+        plan = proposal_plan(plan, lift)
     log_tilt: LogTilt = parse_choice(config.log_tilt, LOG_TILTS, "log_tilt")
     programme = Programme(
         plans=(plan,),
         log_tilts=(log_tilt,),
         step=step_for(config.runner, prior, feature, dtype),
+        lift=lift,
         shape=prior.shape,
         dtype=dtype,
         particles=config.particles,
@@ -304,6 +330,18 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
         estimate=estimate,
         seconds={"calibration": time.perf_counter() - started},
     )
+
+
+def calibrated(run: Run) -> Run:
+    """`run` with lambda as its configuration wants it calibrated; draws where that is the sampler. Raises CalibrationError."""
+    from tiltscope.engine.calibration import calibrate_on_sampler
+
+    target, natural = run.config.target_activation, run.natural
+    if run.config.calibration != "sampler" or target is None or natural is None:
+        return run
+    started = time.perf_counter()
+    found = calibrate_on_sampler(run, target, float(run.programme.log_tilts[0].phi(natural).mean()))
+    return replace(found, seconds=run.seconds | {"calibration": time.perf_counter() - started})
 
 
 def _natural_activations(
@@ -359,9 +397,12 @@ def _strength(
     if natural is None or config.target_activation is None:  # lam was given: prepare refuses neither
         return _given_strength(config.lam or 0.0, natural, log_tilt)
     found = calibrate(natural, config.target_activation, log_tilt=log_tilt)
-    if not found.feasible:
+    if found.feasible:
+        return found.lam, found
+    if not config.beyond_pool or config.target_activation < float(log_tilt.phi(natural).mean()):
         raise CalibrationError(found.reason)
-    return found.lam, found
+    # The furthest that the pool can say something about is where the sampler's own ascent starts.
+    return calibrate(natural, largest_reachable(natural, log_tilt=log_tilt), log_tilt=log_tilt).lam, None
 
 
 def _given_strength(

@@ -60,14 +60,14 @@ def measure(
     feature: Feature,
     natural: Float64[ndarray, "pool"],
     log_tilt: LogTilt,
-    tilt: Calibration,
+    tilt: Calibration | None,
     seconds: float | None,
     members: Int64[ndarray, "members"] | None = None,
 ) -> dict[str, float | None]:
     """Every name of METRICS for one answer; samples that are not ok are left out.
 
-    answer: tilt, topk, hard or actmax. natural: the pool's activations. tilt: the calibrated tilt, on the pool. members: the
-    pool pictures that a pool rival draws from (default: those shown), whose KL, ESS and excess KL it is given.
+    answer: tilt, topk, hard or actmax. natural: the pool's activations. tilt: the calibrated tilt, on the pool; None beyond it.
+    members: the pool pictures that a pool rival draws from (default: those shown), whose KL, ESS and excess KL it is given.
     activation_mean, drive_mean: units of a. kl, log_z, excess_kl: nats. ess: natural pictures. nfe, n_vjp: mean a sample.
     Standard errors are of the mean over the samples shown, with the finite-population factor for draws without replacement:
     top-K is all of its distribution, so its error is 0.
@@ -97,13 +97,15 @@ def measure(
     if answer == "tilt":
         # Particles say it of the sampler's own prior; the pool of natural pictures.
         told = tilt if samples.group_log_z is None else samples
-        values |= {"kl": told.kl, "log_z": told.log_z, "ess": told.ess}
+        if told is not None:
+            values |= {"kl": told.kl, "log_z": told.log_z, "ess": told.ess}
     elif members is not None:
         values |= {
             "kl": math.log(len(natural) / len(members)),
             "ess": float(len(members)),
-            "excess_kl": excess_kl_of_set(natural, members, lam=tilt.lam, log_z=tilt.log_z, log_tilt=log_tilt),
         }
+        if tilt is not None:
+            values["excess_kl"] = excess_kl_of_set(natural, members, lam=tilt.lam, log_z=tilt.log_z, log_tilt=log_tilt)
     return values
 
 

@@ -31,27 +31,21 @@ def trust_lines(explanation: Explanation, manifest: Mapping[str, Any], spec: str
     lines = [
         Trust("Draws", tilt.target, labels.get(tilt.target, "")),
         _reached(explanation, spec),
-        Trust(
-            "Support",
-            f"ESS {number(calibration.ess, 1)}",
-            sentence(
-                f"{ess_in_words(calibration.ess)}; the heaviest of {len(explanation.natural):,} has "
-                f"{percent(calibration.max_weight)} of the weight"
-            ),
-        ),
-        Trust("Tilt", f"λ = {number(explanation.lam, 3)}", _weighting(spec)),
-        Trust(
-            "Distance from natural",
-            f"KL = {number(_value(manifest, 'kl', calibration.kl))} nats",
-            f"It takes {pictures_for(calibration.kl)} to meet one such as these. "
-            f"Estimated from {_source(manifest, 'kl')}.",
-        ),
-        Trust(
-            "Normaliser",
-            f"log Z = {number(_value(manifest, 'log_z', calibration.log_z))} nats",
-            f"Estimated from {_source(manifest, 'log_z')}.",
-        ),
+        _support(explanation, manifest),
+        Trust("Tilt", f"λ = {number(explanation.lam, 3)}", _weighting(spec) + _calibrated(explanation, manifest)),
     ]
+    if (kl := _value(manifest, "kl", calibration.kl)) is not None:
+        lines.append(
+            Trust(
+                "Distance from natural",
+                f"KL = {number(kl)} nats",
+                f"It takes {pictures_for(kl)} to meet one such as these. Estimated from {_source(manifest, 'kl')}.",
+            )
+        )
+    if (log_z := _value(manifest, "log_z", calibration.log_z)) is not None:
+        error = as_mapping(manifest.get("log_z")).get("se")
+        value = f"log Z = {number(log_z)}{f' ± {number(error)}' if error is not None else ''} nats"
+        lines.append(Trust("Normaliser", value, f"Estimated from {_source(manifest, 'log_z')}."))
     if math.isfinite(explanation.prior_mean):
         away = abs(explanation.prior_mean - explanation.natural_mean)
         errors = (
@@ -71,6 +65,31 @@ def trust_lines(explanation: Explanation, manifest: Mapping[str, Any], spec: str
             )
         )
     return lines
+
+
+def _support(explanation: Explanation, manifest: Mapping[str, Any]) -> Trust:
+    calibration = explanation.calibration
+    if _value(manifest, "ess", calibration.ess) is None:
+        return Trust("Support", MISSING, "The target lies beyond what the natural pictures of the pool can carry.")
+    return Trust(
+        "Support",
+        f"ESS {number(calibration.ess, 1)}",
+        sentence(
+            f"{ess_in_words(calibration.ess)}; the heaviest of {len(explanation.natural):,} has "
+            f"{percent(calibration.max_weight)} of the weight"
+        ),
+    )
+
+
+def _calibrated(explanation: Explanation, manifest: Mapping[str, Any]) -> str:
+    ascent = as_mapping(manifest.get("ascent"))
+    if not ascent:
+        return ""
+    num = sum(int(as_mapping(each).get("num", 0)) for each in ascent.get("rounds", ()))
+    return (
+        f" Calibrated on {num} draws of the sampler, to a mean of {number(ascent.get('target'))} ± {number(ascent.get('se'))}; "
+        f"natural pictures alone would say λ = {number(explanation.calibration.lam, 3)}."
+    )
 
 
 def _weighting(spec: str) -> str:

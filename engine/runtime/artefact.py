@@ -46,13 +46,13 @@ class Artefact:
         return SelfTest.load(self.folder / SELF_TEST)
 
 
-def cache_folder() -> Path:
-    """TILTSCOPE_HOME/artefacts (default: the platform's user cache), made with mode 0700.
+def cache_folder(name: str = "artefacts") -> Path:
+    """TILTSCOPE_HOME/`name` (default: in the platform's user cache), made with mode 0700.
 
     Raises RunnerError where it belongs to somebody else or others may write into it: what lies there is run.
     """
     home = os.environ.get("TILTSCOPE_HOME")
-    folder = (Path(home) if home else user_cache_path("tiltscope")) / "artefacts"
+    folder = (Path(home) if home else user_cache_path("tiltscope")) / name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022):

@@ -9,6 +9,7 @@ The strength w = lambda phi'(drive) stays outside: no lambda, cap or log-tilt is
 rows, plans or seeds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.feature.readout import Readout, read
 from tiltscope.engine.prior.prior import Prior
+
+Pullback = Callable[[Tensor], Tensor]
 
 
 class StepOutput(NamedTuple):
@@ -34,7 +37,8 @@ class StepOutput(NamedTuple):
 class Step(Protocol):
     """What a runner provides: the two graphs of a row, and the feature's reading of a finished picture.
 
-    `readout` is a batch of readouts, one a slot, or None where the feature is a function of its own.
+    `readout` is a batch of readouts, one a slot, or None where the feature is a function of its own. `linearise` and `gradient`
+    are the guided graph in two halves, for the lifts that work in between.
     """
 
     @property
@@ -45,6 +49,10 @@ class Step(Protocol):
     def guided(self, x: Tensor, sigma: Tensor, alpha: Tensor, readout: Readout | None) -> StepOutput: ...
 
     def measure(self, x0: Tensor, readout: Readout | None) -> tuple[Tensor, Tensor]: ...
+
+    def linearise(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Pullback]: ...
+
+    def gradient(self, x0: Tensor, readout: Readout | None) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,25 @@ class TorchStep:
         """(activation, drive) of finished pictures."""
         with torch.no_grad():
             return self._read(x0, readout)
+
+    def linearise(
+        self, x: Float[Tensor, "batch ..."], sigma: Float64[Tensor, "batch"]
+    ) -> tuple[Float[Tensor, "batch ..."], Pullback]:
+        """D, and v -> (dD/dx)' v: one vector-Jacobian product through the denoiser, once."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            x0_hat = self.prior.denoise(x, sigma)
+        return x0_hat.detach(), lambda v: torch.autograd.grad(x0_hat, x, v)[0]
+
+    def gradient(
+        self, x0: Float[Tensor, "batch ..."], readout: Readout | None
+    ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"], Float[Tensor, "batch ..."]]:
+        """(activation, drive, d drive / dx0) of pictures: one vector-Jacobian product through the trunk alone."""
+        with torch.enable_grad():
+            x0 = x0.detach().requires_grad_()
+            activation, drive = self._read(x0, readout)
+            (grad,) = torch.autograd.grad(drive.sum(), x0)
+        return activation.detach(), drive.detach(), grad
 
     def _read(self, x0: Tensor, readout: Readout | None) -> tuple[Tensor, Tensor]:
         if readout is None or self.feature.trunk is None:

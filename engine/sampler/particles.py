@@ -2,7 +2,7 @@
 
 A sample is a group of P slots. Guidance is their proposal; what plug-in guidance gets wrong is put right by weights:
 
-    twist          psi_k(x) = exp(lam phi(drive(x0_hat(x))))                  of the state before row k
+    twist          psi_k(x) = exp(h_k(x)), the lift's (lifts.py)                of the state before row k
     start          log w = log psi_0(x_T)                                     without it log Z is biased
     row k          log w += log psi_{k+1}(x') - log psi_k(x) - <z, delta>/c - |delta|^2/(2 c^2)
     last row       unguided, log w += lam phi(a(x0)) - log psi(x)
@@ -21,10 +21,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tiltscope.engine.errors import ConfigError
+from tiltscope.engine.sampler.lifts import Lift
 from tiltscope.engine.sampler.noise import STREAM_RESAMPLING
 from tiltscope.engine.sampler.plan import COLUMNS, GraphKind, Plan
-from tiltscope.engine.sampler.state import Programme, Sight, SlotState
-from tiltscope.engine.tilt.log_tilt import LogTilt
+from tiltscope.engine.sampler.state import Programme, Sight, SlotState, slots_of
 from tiltscope.kernels.philox import uniform
 from tiltscope.kernels.reference import resample
 
@@ -32,11 +32,14 @@ from tiltscope.kernels.reference import resample
 ESS_SHARE = 0.5
 
 
-def proposal_plan(plan: Plan) -> Plan:
+def proposal_plan(plan: Plan, lift: Lift) -> Plan:
     """The plan with its last row unguided, as the correction needs it.
 
-    Raises ConfigError where another row is free of noise, or guides the history: there the weights have no density.
+    Raises ConfigError where another row is free of noise, or guides the history, or the lift moves D: the weights have no
+    density there.
     """
+    if lift.moves_x0:
+        raise ConfigError("particles: the lift daps replaces the denoiser's answer, which has no density; use lift dps")
     noise, history = plan.column("c"), plan.column("f")
     guided = plan.kind != GraphKind.UNGUIDED
     if (noise[:-1] == 0).any():
@@ -54,7 +57,7 @@ def proposal_plan(plan: Plan) -> Plan:
 
 def weigh(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotState, Sight]:
     """The weights take in the twist of where each slot now is; groups that need it are resampled, with all they saw."""
-    log_twist = _log_tilt(state, programme.log_tilts, sight.drive)
+    log_twist = sight.log_twist
     log_weight = state.log_weight + log_twist - state.log_twist
     dead = ~state.ok | ~torch.isfinite(log_twist)
     active = state.row < programme.num_rows[state.plan]
@@ -93,7 +96,7 @@ class Settled:
 def settle(state: SlotState, activation: Float[Tensor, "batch"], programme: Programme, num: int) -> Settled:
     """The first `num` groups after their last row; activation: of the finished pictures, one a slot."""
     each = programme.particles
-    phi = _phi(state, programme.log_tilts, activation)
+    phi = slots_of(state, programme).phi(activation)
     final = state.log_weight + state.lam * phi - state.log_twist
     final = torch.where(state.ok & torch.isfinite(final), final, -torch.inf)
 
@@ -147,16 +150,3 @@ def _resampled(state: SlotState, sight: Sight, programme: Programme) -> tuple[Sl
         log_z=torch.where(due, state.log_z + banked, state.log_z),
     )
     return after, Sight(*(each[ancestor] for each in sight))
-
-
-def _phi(state: SlotState, log_tilts: tuple[LogTilt, ...], a: Tensor) -> Tensor:
-    """phi(a), each slot by its own log-tilt."""
-    value = torch.zeros_like(a)
-    for at, log_tilt in enumerate(log_tilts):
-        value = torch.where(state.log_tilt == at, log_tilt.value(a), value)
-    return value
-
-
-def _log_tilt(state: SlotState, log_tilts: tuple[LogTilt, ...], a: Tensor) -> Tensor:
-    """lam phi(a); exactly 0 where lam is, whatever the feature says."""
-    return torch.where(state.lam == 0, 0.0, state.lam * _phi(state, log_tilts, a))

@@ -192,7 +192,26 @@ class Dpmpp2m:
             previous = step
 
 
-SOLVERS: dict[str, type[Any]] = {"ddpm": Ddpm, "ddim": Ddim, "euler": Euler, "heun": Heun, "dpmpp_2m": Dpmpp2m}
+@dataclass(frozen=True)
+class Renoise:
+    """x' = alpha' D + sigma' z: for the lift daps, whose D is a draw of x0 and no mean. Zhang et al. 2025, algorithm 1."""
+
+    default_grid: ClassVar[str] = "native"
+    stochastic: ClassVar[bool] = True
+
+    def rows(self, thetas: NDArray[np.float64]) -> Iterator[Row]:
+        for theta, to in _pairs(thetas):
+            yield Row(theta=theta, a=0.0, b=cos(to), c=sin(to))
+
+
+SOLVERS: dict[str, type[Any]] = {
+    "ddpm": Ddpm,
+    "ddim": Ddim,
+    "euler": Euler,
+    "heun": Heun,
+    "dpmpp_2m": Dpmpp2m,
+    "renoise": Renoise,
+}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ group of slots that stand together. The host mirrors the row counters, which are
 needs without asking the device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,10 +17,13 @@ from torch import Tensor
 
 from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.runtime.step import Step
+from tiltscope.engine.sampler.lifts import Dps, Lift, Slots
 from tiltscope.engine.sampler.noise import STREAM_START, seed_key
 from tiltscope.engine.sampler.plan import COLUMNS, GraphKind, Plan
 from tiltscope.engine.tilt.log_tilt import LogTilt
 from tiltscope.kernels.philox import normal
+
+_SIGMA, _ALPHA = COLUMNS.index("sigma"), COLUMNS.index("alpha")
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,23 @@ class Observation(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """What the networks saw of each slot, before it moves; activation and drive are NaN where no trunk ran."""
+    """What the networks and the lift (lifts.py) say of each slot before it moves: by e * strength * grad, where it is guided.
+
+    activation, drive and log_twist are NaN where no trunk ran.
+    """
 
     x0_hat: Float[Tensor, "batch ..."]
     activation: Float[Tensor, "batch"]
     drive: Float[Tensor, "batch"]
-    grad_a: Float[Tensor, "batch ..."]
+    grad: Float[Tensor, "batch ..."]
+    strength: Float[Tensor, "batch"]
+    log_twist: Float[Tensor, "batch"]
     guided: Bool[Tensor, "batch"]
 
 
 @dataclass(frozen=True)
 class Programme:
-    """What the slots refer to: the plans, the log-tilts and the networks, in the state's dtype.
+    """What the slots refer to: the plans, the log-tilts, the lift and the networks, in the state's dtype.
 
     particles: slots a sample. bucket: slots that a network call takes, None for all of them at once.
     """
@@ -93,6 +101,7 @@ class Programme:
     step: Step
     shape: tuple[int, ...]
     dtype: torch.dtype
+    lift: Lift = field(default_factory=Dps)
     particles: int = 1
     bucket: int | None = None
 
@@ -121,7 +130,33 @@ class Programme:
     def kinds(self, host: HostRows) -> NDArray[np.int8]:
         """The graph each slot's next row needs; -1 for a slot that has done its plan. An untilted slot is unguided."""
         kinds = self.kind_table[host.plan, host.row]
+        if self.lift.moves_x0:
+            return kinds
         return np.where((kinds >= 0) & ~host.tilted, np.int8(GraphKind.UNGUIDED), kinds)
+
+
+def rows_of(state: SlotState, programme: Programme) -> Float[Tensor, "batch 11"]:
+    """Each slot's own row of its own plan, float64."""
+    table = programme.table
+    return table[state.plan, state.row.clamp(max=table.shape[1] - 1)]
+
+
+def slots_of(state: SlotState, programme: Programme, part: slice = slice(None)) -> Slots:
+    """Some of the slots as a lift sees them."""
+    row = rows_of(state, programme)[part]
+    return Slots(
+        x=state.x[part],
+        sigma=row[:, _SIGMA],
+        alpha=row[:, _ALPHA],
+        readout=None if state.readout is None else state.readout[part],
+        lam=state.lam[part],
+        log_tilt=state.log_tilt[part],
+        log_tilts=programme.log_tilts,
+        key=state.key[part],
+        index=state.index[part],
+        row=state.row[part],
+        particle=state.particle[part],
+    )
 
 
 def per_slot(values: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One tick: every slot of a batch advances by its own row. Look (the networks), weigh (particles only), move (the table).
+"""One tick: every slot of a batch advances by its own row. Look (networks and lift), weigh (particles only), move (the table).
 
 Nothing here asks the device for a value: which graphs a tick needs is known to the host.
 """
@@ -6,15 +6,21 @@ Nothing here asks the device for a value: which graphs a tick needs is known to 
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from tiltscope.engine.sampler.particles import reweigh_after_move, weigh
 from tiltscope.engine.sampler.plan import COLUMNS, GraphKind
-from tiltscope.engine.sampler.state import Observation, Programme, Sight, SlotState, per_slot
-from tiltscope.engine.tilt.log_tilt import LogTilt
+from tiltscope.engine.sampler.state import (
+    Observation,
+    Programme,
+    Sight,
+    SlotState,
+    per_slot,
+    rows_of,
+    slots_of,
+)
 from tiltscope.kernels.reference import guided_step
 
-_SIGMA, _ALPHA, _NOISE = COLUMNS.index("sigma"), COLUMNS.index("alpha"), COLUMNS.index("c")
+_NOISE = COLUMNS.index("c")
 
 
 def tick(state: SlotState, programme: Programme) -> tuple[SlotState, Observation]:
@@ -34,40 +40,41 @@ def look(state: SlotState, programme: Programme) -> Sight:
     """
     kinds = programme.kinds(state.host)
     size = programme.bucket or len(kinds)
-    row = _rows(state, programme)
     parts: list[Sight] = []
     for at in range(0, len(kinds), size):
         part = slice(at, at + size)
-        kind, x, lam = kinds[part], state.x[part], state.lam[part]
-        sigma, alpha = row[part, _SIGMA], row[part, _ALPHA]
-        readout = None if state.readout is None else state.readout[part]
+        kind, slots = kinds[part], slots_of(state, programme, part)
         guided = torch.from_numpy(kind == GraphKind.GUIDED)
-        x0_hat = grad_a = torch.zeros_like(x)
-        activation = drive = torch.full_like(lam, torch.nan)
+        x0_hat = grad = torch.zeros_like(slots.x)
+        activation = drive = log_twist = torch.full_like(slots.lam, torch.nan)
+        strength = torch.zeros_like(slots.lam)
         if (unguided := kind == GraphKind.UNGUIDED).any():
-            x0_hat = programme.step.unguided(x, sigma, alpha)
+            x0_hat = programme.step.unguided(slots.x, slots.sigma, slots.alpha)
             if programme.particles > 1 and (unguided & state.host.tilted[part]).any():
-                activation, drive = programme.step.measure(x0_hat, readout)
+                activation, drive = programme.step.measure(x0_hat, slots.readout)
+                log_twist = slots.energy(drive)
         if (kind == GraphKind.GUIDED).any():
-            out = programme.step.guided(x, sigma, alpha, readout)
-            x0_hat = torch.where(per_slot(guided, x), out.x0_hat, x0_hat)
-            activation = torch.where(guided, out.activation, activation)
-            drive = torch.where(guided, out.drive, drive)
-            grad_a = out.grad_a
-        parts.append(Sight(x0_hat, activation, drive, grad_a, guided))
+            push = programme.lift.push(programme.step, slots)
+            x0_hat = torch.where(per_slot(guided, slots.x), push.x0_hat, x0_hat)
+            activation = torch.where(guided, push.activation, activation)
+            drive = torch.where(guided, push.drive, drive)
+            log_twist = torch.where(guided, push.log_twist, log_twist)
+            grad, strength = push.grad, push.strength
+        log_twist = torch.where(slots.lam == 0, 0.0, log_twist)
+        parts.append(Sight(x0_hat, activation, drive, grad, strength, log_twist, guided))
     return parts[0] if len(parts) == 1 else Sight(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
 def move(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotState, Observation]:
     """x' and H' of the table for every slot that still has a row to do."""
-    row = _rows(state, programme)
+    row = rows_of(state, programme).to(state.x.dtype)
     moved = guided_step(
         state.x,
         sight.x0_hat,
-        sight.grad_a,
+        sight.grad,
         state.history,
-        row.to(state.x.dtype),
-        strength(state, programme.log_tilts, sight.drive),
+        row,
+        sight.strength,
         sight.guided,
         state.key,
         state.index,
@@ -90,19 +97,5 @@ def move(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotStat
         host=replace(state.host, row=state.host.row + (kinds >= 0)),
     )
     if programme.particles > 1:
-        after = reweigh_after_move(after, moved.z_dot_delta, moved.delta_norm_sq, row[:, _NOISE].to(state.x.dtype))
+        after = reweigh_after_move(after, moved.z_dot_delta, moved.delta_norm_sq, row[:, _NOISE])
     return after, Observation(sight.x0_hat, sight.activation, sight.drive, *moved[2:5])
-
-
-def strength(state: SlotState, log_tilts: tuple[LogTilt, ...], drive: Tensor) -> Tensor:
-    """w = lambda phi'(drive), each slot by its own log-tilt."""
-    slope = torch.zeros_like(drive)
-    for at, log_tilt in enumerate(log_tilts):
-        slope = torch.where(state.log_tilt == at, log_tilt.slope(drive), slope)
-    return state.lam * slope
-
-
-def _rows(state: SlotState, programme: Programme) -> Tensor:
-    """Each slot's own row of its own plan, float64 [batch, 11]."""
-    table = programme.table
-    return table[state.plan, state.row.clamp(max=table.shape[1] - 1)]

@@ -64,10 +64,15 @@ def calibrate(activations: ArrayLike, target: float, *, log_tilt: str | LogTilt 
     activations: natural activations a_i. target: c, in units of phi(a).
     Not feasible, with the reason and the largest reachable target in it: c >= max phi (lam is inf, the other numbers those of
     that limit) and ESS < 10; c below the natural mean gives lam = 0. A weight above 0.2 is named in `reason`.
-    Raises CalibrationError where phi(a) does not vary, ConfigError for values that are not finite numbers.
+    Raises CalibrationError where phi(a) does not vary, ConfigError for values that are not finite numbers and for a log-tilt with
+    a level of its own (target, soft_hard).
     Proof: tests/tilt/test_calibrate.py (Gaussian draws within 3 standard errors; invariances).
     """
     tilt = parse_log_tilt(log_tilt)
+    if tilt.has_level:
+        raise ConfigError(
+            f"log-tilt {tilt.spec} carries its own level, so no target is calibrated for it; give lam (1, say)"
+        )
     phi = _natural_phi(activations, tilt)
     c = _finite_number("target", target)
     low, mean, high = float(phi.min()), float(phi.mean()), float(phi.max())
@@ -141,7 +146,12 @@ def default_target(activations: ArrayLike, *, log_tilt: str | LogTilt = "linear"
     d log max w / dlam = max phi - E_lam[phi] >= 0. Where neither binds before, 99 % of the way from the natural mean to the
     maximum. Raises CalibrationError where phi(a) does not vary or fewer than 10 activations are given.
     """
-    phi = _enough(_natural_phi(activations, parse_log_tilt(log_tilt)))
+    tilt = parse_log_tilt(log_tilt)
+    if tilt.has_level:
+        raise ConfigError(
+            f"log-tilt {tilt.spec} carries its own level, so no target is calibrated for it; give lam (1, say)"
+        )
+    phi = _enough(_natural_phi(activations, tilt))
     near = float(phi.mean() + NEAR_MAXIMUM * (phi.max() - phi.mean()))
     lam = _furthest_lam(phi, at_most=_solve(phi, near), max_weight=MAX_WEIGHT)
     target = _mean(phi, lam)

@@ -140,7 +140,9 @@ def test_damaged_files_are_named(cli, folder: Path, damaged: Path, name: str, wh
         path.write_bytes(b"")
     else:
         path.unlink()
-    done = cli("explain", FEATURE, "--steps", "2", "--num", "2", "--quiet", "--bundle", damaged)
+    done = cli(
+        "explain", FEATURE, "--steps", "2", "--num", "2", "--calibration", "pool", "--quiet", "--bundle", damaged
+    )
     assert done.code == 2
     assert name in one_line(done.err)
     assert list(folder.iterdir()) == []
@@ -159,7 +161,7 @@ def test_a_damaged_description(cli, damaged: Path, content: bytes, held: str) ->
 
 
 @pytest.mark.parametrize(
-    "command", [SAMPLE, ("explain", FEATURE, "--steps", "2", "--num", "2")], ids=["sample", "explain"]
+    "command", [SAMPLE, ("explain", FEATURE, "--steps", "2", "--num", "2", "--lam", "1")], ids=["sample", "explain"]
 )
 class TestOut:
     """OUT is refused before anything is drawn, and stays as it was."""

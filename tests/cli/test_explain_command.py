@@ -89,8 +89,8 @@ def test_an_interrupt_leaves_no_half_written_answer(cli, folder: Path, tiny_bund
 
 @pytest.mark.parametrize("flag", [("--target-quantile", "0.8"), ("--target-activation", "1.5"), ()])
 def test_every_way_to_say_a_target(cli, tiny_bundle: Path, flag: tuple[str, ...]) -> None:
-    words = ("explain", FEATURE, "--steps", "2", "--num", "2", "--quiet", "--json", "--bundle", str(tiny_bundle), *flag)
-    shown = json.loads(cli(*words).out)
+    words = ("explain", FEATURE, "--steps", "2", "--num", "2", "--calibration", "pool", "--quiet", "--json", *flag)
+    shown = json.loads(cli(*words, "--bundle", tiny_bundle).out)
     assert shown["calibration"]["ess"] >= 10 * (1 - 1e-6)
     if flag == ("--target-activation", "1.5"):
         assert shown["target"] == 1.5

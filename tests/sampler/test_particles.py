@@ -12,6 +12,7 @@ import torch
 import tiltscope
 from tiltscope.engine.errors import ConfigError, NonFiniteError
 from tiltscope.engine.prior.prior import Prior
+from tiltscope.engine.sampler.lifts import Dps
 from tiltscope.engine.sampler.particles import proposal_plan
 from tiltscope.engine.sampler.plan import GraphKind, make_plan
 from tiltscope.engine.tilt.worlds import GaussianWorld
@@ -145,7 +146,7 @@ def test_a_deterministic_solver_is_refused(solver):
 
 def test_the_proposal_is_the_plan_with_its_last_row_unguided():
     plan = make_plan("ddpm", steps=9, grid="angle")
-    ours = proposal_plan(plan)
+    ours = proposal_plan(plan, Dps())
     assert ours.kind.tolist() == [GraphKind.GUIDED] * 8 + [GraphKind.UNGUIDED]
     assert ours.column("e")[-1] == 0
     for name in "abcdpqr":

@@ -38,6 +38,12 @@ class Counting:
     def measure(self, x0, readout):
         return self.inner.measure(x0, readout)
 
+    def linearise(self, x, sigma):
+        return self.inner.linearise(x, sigma)
+
+    def gradient(self, x0, readout):
+        return self.inner.gradient(x0, readout)
+
 
 LINEAR = Linear()
 
