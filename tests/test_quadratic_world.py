@@ -1,7 +1,8 @@
 """A Gaussian prior under the log-tilt `target`: a quadratic world, where plug-in guidance errs and the covariance lift is exact.
 
-p = N(0, s^2), q ~ p exp(-(x - y)^2 / (2 tau^2)): mean y s^2/(s^2 + tau^2), variance s^2 tau^2/(s^2 + tau^2). With s = .5, tau = .3,
-y = .7 the exact mean is .5147; dps's is 63 % off by the probability-flow ODE and 28 % by ancestral sampling (method section 6).
+p = N(0, s^2), q ~ p exp(-(x - y)^2 / (2 tau^2)): mean y s^2/(s^2 + tau^2), variance s^2 tau^2/(s^2 + tau^2). With s = .5,
+tau = .3, y = .7 the exact mean is .5147; dps's is 63 % off by the probability-flow ODE and 28 % by ancestral sampling (method
+section 6).
 """
 
 import numpy as np

@@ -163,7 +163,7 @@ def _root(rounds: Sequence[Round], target: float, scale: float, guess: float) ->
         weight = weight / weight.sum()
         middle, mean, spread = float(weight @ lams), float(weight @ means), float(weight @ variance)
         moved = float(weight @ (lams - middle) ** 2)
-        # A Gaussian prior for the slope, of mean and deviation Var[phi]: it rules while the rounds differ by less than their errors.
+        # A Gaussian prior for the slope, mean and deviation Var[phi]: it rules while rounds differ by less than their errors.
         prior = float(weight**2 @ (1 / counts)) / spread if spread > 0 else 0.0
         slope = float(weight @ ((lams - middle) * (means - mean))) + prior * spread
         slope = slope / (moved + prior) if moved + prior > 0 else 0.0

@@ -76,7 +76,7 @@ def test_one_with_its_own_level_is_not_calibrated(log_tilt: LogTilt) -> None:
         lambda: calibrate(np.arange(50.0), 30.0, log_tilt=log_tilt),
         lambda: default_target(np.arange(50.0), log_tilt=log_tilt),
     ):
-        with pytest.raises(ConfigError, match="its own level.*give lam"):
+        with pytest.raises(ConfigError, match=r"its own level.*give lam"):
             calibrates()
 
 
