@@ -42,7 +42,7 @@ class SampleConfig:
     target_activation: float | None = None
     """the wanted mean of phi(activation); lambda is calibrated to it"""
     log_tilt: str | None = None
-    """linear | zscored(mean=,sd=) | capped(cap=) | hinge(c=,kappa=) | target(c=,tau=) | smooth_cap(c=,tau=) | soft_hard(c=,tau=)"""
+    """linear | zscored(mean=,sd=) | capped(cap=) | hinge(c=,kappa=) | target(c=,tau=) | smooth_cap(c=,tau=) | soft_hard(c=)"""
     lift: str | None = None
     """dps | none | normalized | lgd_mc(draws=N) | covariance | tfg(rho=R, mu=M, n_iter=N, gamma=G) | daps(ode_steps=K)"""
     solver: str | None = None
