@@ -7,7 +7,13 @@ Gaussian world:  p = N(0, s^2 I),  a(x0) = u.x0 with |u| = 1,  x = alpha x0 + si
 
 Plug-in guidance is exact here, so a sampler's only errors are its start x ~ N(0, I) and its steps, and both are known: every
 row of a plan is affine in (x, H), so the discrete sampler's mean and covariance follow from a recursion over the very table
-it runs. Knows the table's columns, not which solver filled it. Source: method section 6.
+it runs. Knows the table's columns, not which solver filled it.
+
+Mixture world:   p = sum_k pi_k N(mu_k u, s^2 I), the same feature: plug-in guidance is wrong here, and gives modes wrong shares
+
+    q = sum_k w_k N((mu_k + lam s^2) u, s^2 I),   w_k ~ pi_k exp(lam mu_k)   log Z = log sum_k pi_k exp(lam mu_k) + lam^2 s^2 / 2
+
+Source: method section 6.
 """
 
 from collections.abc import Sequence
@@ -18,6 +24,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from tiltscope.engine.errors import ConfigError
@@ -132,3 +139,92 @@ def discrete_moments(plan: Plan, lam: float, s: float) -> Moments:
         mean = step @ mean + lam * grad_a * np.array([e, f])
         covariance = step @ covariance @ step.T + np.diag([c**2, 0.0])
     return Moments(float(mean[0]), float(covariance[0, 0]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureWorld:
+    """p = sum_k weights_k N(levels_k u, s^2 I) in `dim` dimensions, u ~ (1, ..., dim), with a = u.x0 (module docstring).
+
+    The default is sharp: at lam = 3 the exact shares are (.10, .28, .62), of which dps makes (.35, .29, .37).
+    """
+
+    weights: tuple[float, ...] = (0.90, 0.09, 0.01)
+    levels: tuple[float, ...] = (-0.5, 0.6, 1.6)
+    s: float = 0.2**0.5
+    dim: int = 2
+
+    @property
+    def feature(self) -> Feature:
+        return GaussianWorld(shape=(self.dim,)).feature
+
+    @property
+    def prior(self) -> Prior:
+        """The closed-form denoiser: sum_k r_k(x) (m_k + k (x - alpha m_k)), float64 throughout."""
+        u = torch.from_numpy(GaussianWorld(shape=(self.dim,)).u)
+
+        def denoise(x: Float[Tensor, "batch dim"], sigma: Float[Tensor, "batch"]) -> Float[Tensor, "batch dim"]:
+            given, x, sigma = x.dtype, x.double(), sigma.double()[:, None]
+            along = x @ u
+            mean = self._along(along[:, None], sigma)
+            alpha_sq = (1 - sigma) * (1 + sigma)
+            k = alpha_sq.sqrt() * self.s**2 / (alpha_sq * self.s**2 + sigma**2)
+            return (k * x + (mean - k[:, 0] * along)[:, None] * u).to(given)
+
+        return Prior(denoise, shape=(self.dim,), name=f"mixture({self.weights}, {self.levels}, s={self.s!r})")
+
+    def shares(self, lam: float) -> NDArray[np.float64]:
+        """w_k of the tilt."""
+        logits = np.log(self.weights) + lam * np.array(self.levels)
+        ratios = np.exp(logits - logits.max())
+        return ratios / ratios.sum()
+
+    def log_z(self, lam: float) -> float:
+        return float(np.logaddexp.reduce(np.log(self.weights) + lam * np.array(self.levels))) + lam**2 * self.s**2 / 2
+
+    def mean(self, lam: float) -> float:
+        """E_q[a]."""
+        return float(self.shares(lam) @ np.array(self.levels)) + lam * self.s**2
+
+    def shares_of(
+        self, activation: NDArray[np.float64], lam: float, weight: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """Shares of q's modes in a sample of a, by maximum likelihood with the modes' own means and widths held (EM)."""
+        weight = np.full(len(activation), 1 / len(activation)) if weight is None else weight / weight.sum()
+        away = activation[:, None] - np.array(self.levels) - lam * self.s**2
+        density = np.exp(-(away**2) / (2 * self.s**2)) + 1e-300
+        shares = np.full(len(self.levels), 1 / len(self.levels))
+        for _ in range(500):
+            given = shares * density
+            shares = weight @ (given / given.sum(1, keepdims=True))
+        return shares
+
+    def discrete(self, plan: Plan, lam: float) -> tuple[float, float]:
+        """(log Z, E_q[a]) of what an unguided plan without history samples, by quadrature along u, where alone a lives.
+
+        f(x) = E[exp(lam a) | x] backwards over the rows, f'(x) = int f(a x + b D(x) + c z) N(z) dz: log f by cubic splines on a
+        grid, z by 32 Gauss-Hermite nodes. E_q[a] = d log Z / d lam, by central differences.
+        """
+        step = 1e-3
+        low, middle, high = (self._discrete_log_z(plan, lam + at * step) for at in (-1, 0, 1))
+        return middle, (high - low) / (2 * step)
+
+    def _discrete_log_z(self, plan: Plan, lam: float) -> float:
+        grid = np.linspace(-8, 8, 1601)
+        nodes, shares = np.polynomial.hermite_e.hermegauss(32)
+        log_share = np.log(shares / shares.sum())
+        log_f = lam * grid
+        for sigma, _, a, b, c, *_ in plan.table[::-1]:
+            levels = torch.full((len(grid), 1), sigma, dtype=torch.float64)
+            mean = self._along(torch.from_numpy(grid)[:, None], levels).numpy()
+            to = (a * grid + b * mean)[:, None] + c * nodes
+            log_f = np.logaddexp.reduce(CubicSpline(grid, log_f)(to.clip(-8, 8)) + log_share, axis=1)
+        return float(np.logaddexp.reduce(CubicSpline(grid, log_f)(nodes) + log_share))
+
+    def _along(self, x: Float[Tensor, "batch 1"], sigma: Float[Tensor, "batch 1"]) -> Float[Tensor, "batch"]:
+        """E[u.x0 | u.x] for the component along u."""
+        alpha_sq = (1 - sigma) * (1 + sigma)
+        v = alpha_sq * self.s**2 + sigma**2
+        levels = torch.tensor(self.levels, dtype=torch.float64)
+        away = x - alpha_sq.sqrt() * levels
+        share = torch.softmax(torch.tensor(self.weights, dtype=torch.float64).log() - away**2 / (2 * v), 1)
+        return (share * (levels + alpha_sq.sqrt() * self.s**2 / v * away)).sum(1)
