@@ -28,11 +28,14 @@ from training import prepare_machine
 
 import tiltscope
 from tiltscope.engine.bundle import Bundle
+from tiltscope.engine.calibration import calibrate_on_sampler, calibration_key
+from tiltscope.engine.config import ExplainConfig
+from tiltscope.engine.explain import inquire
 from tiltscope.engine.tilt.calibrate import default_target, estimates
 
 HERE = Path(__file__).parent
-Part = Literal["trunk", "prior", "features", "claim"]
-PARTS: tuple[Part, ...] = ("trunk", "prior", "features", "claim")
+Part = Literal["trunk", "prior", "features", "claim", "calibrations"]
+PARTS: tuple[Part, ...] = ("trunk", "prior", "features", "claim", "calibrations")
 NUM_BEST = 50
 
 
@@ -47,6 +50,8 @@ class Config:
     """unguided samples"""
     num_claim: int = 16
     """samples a feature and answer"""
+    calibrate: tuple[str, ...] = ("blocks.5:sae:1169",)
+    """features whose calibration on the sampler the bundle brings, so that the demo need not draw for it"""
     threads: int = 2
 
 
@@ -120,6 +125,17 @@ def claim_figures(bundle: Bundle, num: int) -> tuple[list[dict[str, Any]], Image
         pictures.append((label, to_pictures(found[0].answers["tilt"].x0[:8])))
         print(json.dumps(rows[-1]), flush=True)
     return rows, labelled(pictures[: NUM_SHOWN // 8], label_px=150)
+
+
+def calibrations(bundle: Bundle, features: tuple[str, ...]) -> dict[str, Any]:
+    """What `explain` finds on the sampler at its defaults, by key: engine/calibration.py looks here before it draws."""
+    found: dict[str, Any] = {}
+    for address in features:
+        inquiry = inquire(bundle, address, ExplainConfig())
+        natural_mean = float(inquiry.natural.mean())
+        ascent = calibrate_on_sampler(inquiry.run, inquiry.target, natural_mean).ascent
+        found[calibration_key(inquiry.run, inquiry.target)] = ascent.to_json() if ascent else None
+    return found
 
 
 def feature_table(best: list[dict[str, Any]]) -> str:
@@ -217,6 +233,9 @@ def main(config: Config) -> None:
     figures, pictures = measure(config, tiltscope.load(str(config.bundle)))
     facts = json.loads((config.bundle / "bundle.json").read_text())
     facts["reference"] |= figures
+    if "calibrations" in config.parts:
+        found = calibrations(tiltscope.load(str(config.bundle)), config.calibrate)
+        write_json(config.bundle / "pool/calibrations.json", found)
     for name, picture in pictures.items():
         picture.save(config.bundle / f"{name}.webp", lossless=True, quality=80, method=4)
     write_card(config.bundle / "README.md", facts)
