@@ -18,7 +18,7 @@ _SPEC = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*")
 def parse_choice(choice: Any, registry: Mapping[str, type[Any]], what: str) -> Any:
     """An object of the registry from its name, from text such as "ddim(eta=0.5)" or "capped(3)", or as it is.
 
-    Parameters are numbers, by name or by position. Raises ConfigError listing the allowed names or parameters.
+    Parameters are numbers, or true and false, by name or by position. Raises ConfigError listing the allowed names or parameters.
     """
     if type(choice) in registry.values():
         return choice
@@ -26,14 +26,16 @@ def parse_choice(choice: Any, registry: Mapping[str, type[Any]], what: str) -> A
     if match is None or match[1] not in registry:
         raise ConfigError(f"{what}: got {choice!r}, allowed are {', '.join(registry)}")
     make = registry[match[1]]
-    names = [each.name for each in fields(make) if each.init]
-    parameters: dict[str, float] = {}
+    kinds = {each.name: each.type for each in fields(make) if each.init}
+    names = list(kinds)
+    parameters: dict[str, float | bool] = {}
     for position, text in enumerate(filter(None, map(str.strip, (match[2] or "").split(",")))):
         name, _, value = text.rpartition("=")
         name = name.strip() or (names[position] if position < len(names) else "")
         if name not in names or name in parameters:
             raise ConfigError(f"{what} {match[1]}: got {text!r}, parameters are {', '.join(names) or 'none'}")
-        parameters[name] = _number(value, f"{what} {match[1]}: {name}")
+        read = _truth if kinds[name] is bool else _number
+        parameters[name] = read(value.strip(), f"{what} {match[1]}: {name}")
     missing = [each.name for each in fields(make) if each.init and _required(each) and each.name not in parameters]
     if missing:
         raise ConfigError(f"{what} {match[1]}: {missing[0]} is missing; write {match[1]}({missing[0]}=NUMBER)")
@@ -41,9 +43,10 @@ def parse_choice(choice: Any, registry: Mapping[str, type[Any]], what: str) -> A
 
 
 def describe_choice(choice: Any, registry: Mapping[str, type[Any]]) -> str:
-    """The text that parse_choice reads back: "heun", "ddim(eta=0.5)"."""
+    """The text that parse_choice reads back: "heun", "ddim(eta=0.5)". Switches that are off are left out."""
     name = next(name for name, kind in registry.items() if type(choice) is kind)
-    values = [f"{each.name}={getattr(choice, each.name)!r}" for each in fields(choice) if each.init]
+    given = {each.name: getattr(choice, each.name) for each in fields(choice) if each.init}
+    values = [f"{name}={value!r}" for name, value in given.items() if value is not False]
     return f"{name}({', '.join(values)})" if values else name
 
 
@@ -55,7 +58,13 @@ def _number(text: str, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise ConfigError(f"{what}: got {text.strip()!r}, allowed are numbers") from None
+        raise ConfigError(f"{what}: got {text!r}, allowed are numbers") from None
     if not isfinite(value):
-        raise ConfigError(f"{what}: got {text.strip()}, allowed are finite numbers")
+        raise ConfigError(f"{what}: got {text}, allowed are finite numbers")
     return value
+
+
+def _truth(text: str, what: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ConfigError(f"{what}: got {text!r}, allowed are true and false")
+    return text.lower() == "true"

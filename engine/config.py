@@ -21,11 +21,23 @@ MAX_PARTICLES = 4096
 LARGEST_DEFAULT_BUCKET = 8
 
 CALIBRATIONS = ("pool", "sampler")
+GUIDANCES = ("tilt", "constant")
 DTYPES = ("float32", "float64")
 PRESETS: dict[str, dict[str, Any]] = {
     # The KL-minimal tilt at a calibrated lambda. Ancestral sampling, because plug-in guidance has no consistent marginals
     # and a stochastic sampler forgets its errors (docs/decisions.md, "Default solver").
-    "calibrated": {"log_tilt": "linear", "lift": "dps", "solver": "ddpm", "steps": 100},
+    "calibrated": {"log_tilt": "linear", "lift": "dps", "solver": "ddpm", "steps": 100, "guidance": "tilt"},
+    # The published configuration: a constant scale of 1, which is no constant lambda, over all of the network's levels, and a
+    # cap of 20. Its hazards are the lift's options (dps(clip=true, batch_mean=true)); pooling is the feature's.
+    "paper_exact": {
+        "lam": 1.0,
+        "log_tilt": "capped(cap=20.0)",
+        "lift": "dps(clip=True, batch_mean=True)",
+        "solver": "ddpm",
+        "steps": 1000,
+        "grid": "native",
+        "guidance": "constant",
+    },
 }
 # What decides neither the pictures nor their number: a run may be continued with other values of these.
 NOT_IN_IDENTITY = ("num", "batch_size")
@@ -46,13 +58,19 @@ class SampleConfig:
     lift: str | None = None
     """dps | none | normalized | lgd_mc(draws=N) | covariance | tfg(rho=R, mu=M, n_iter=N, gamma=G) | daps(ode_steps=K)"""
     solver: str | None = None
-    """ddpm | ddim(eta=E) | euler | heun | dpmpp_2m | renoise (the lift daps's own)"""
+    """ddpm | ddim(eta=E) | euler | heun | dpmpp_2m | dpmpp_2m_sde | edm(churn=C) | flow_euler | renoise (the lift daps's own)"""
     steps: int | None = None
     """intervals of the noise grid"""
     grid: str | None = None
-    """native (the network's own levels) | angle(alpha_min=A); default: the solver's own"""
+    """native (the network's own levels) | angle | karras | log_snr | flow_shift(shift=S); default: the solver's own"""
+    guidance: str | None = None
+    """tilt (lam is the tilt's lambda) | constant (the published update: lam is its scale, the same in every row)"""
+    recurrence: int = 1
+    """times that every stretch of the grid is done, with the noise put back in between"""
+    travel_length: int = 1
+    """intervals in such a stretch; more than 1: time travel"""
     preset: str = "calibrated"
-    """fills what is not given: calibrated"""
+    """fills what is not given: calibrated | paper_exact"""
     particles: int = 1
     """particles a sample; more than 1: twisted sequential Monte Carlo, which converges to the tilt"""
     seed: int = 0
@@ -79,6 +97,8 @@ class SampleConfig:
         _whole("num", self.num, 1, MAX_NUM)
         _whole("seed", self.seed, 0, 2**64 - 1)
         _whole("particles", self.particles, 1, MAX_PARTICLES)
+        _whole("recurrence", self.recurrence, 1, 100)
+        _whole("travel_length", self.travel_length, 1, 100_000)
         _whole("calibration_num", self.calibration_num, 16, 100_000)
         if self.steps is not None:
             _whole("steps", self.steps, 1, 100_000)
@@ -102,7 +122,8 @@ class SampleConfig:
 
     def _check_choices(self) -> None:
         from tiltscope.engine.runtime.runners import runner_names
-        from tiltscope.engine.sampler.plan import GRIDS, SOLVERS
+        from tiltscope.engine.sampler.grids import GRIDS
+        from tiltscope.engine.sampler.solvers import SOLVERS
         from tiltscope.engine.tilt.log_tilt import LOG_TILTS
 
         registries: dict[str, Any] = {"solver": SOLVERS, "grid": GRIDS, "log_tilt": LOG_TILTS}
@@ -118,9 +139,10 @@ class SampleConfig:
             ("dtype", DTYPES),
             ("preset", tuple(PRESETS)),
             ("calibration", CALIBRATIONS),
+            ("guidance", GUIDANCES),
         ):
             given = getattr(self, name)
-            if given not in allowed:
+            if given not in allowed and not (name == "guidance" and given is None):
                 raise ConfigError(f"{name}: got {given!r}, allowed are {', '.join(allowed)}")
 
     def _check_lam(self) -> None:
@@ -174,11 +196,24 @@ class SampleConfig:
         return range(self.num) if self.indices is None else self.indices
 
     def resolved(self) -> Self:
-        """The same settings with everything the preset fills written out."""
+        """The same settings with everything the preset fills written out. Raises ConfigError where the whole does not fit."""
         # The lift daps draws x0 itself and needs the solver that renoises it, whatever the preset's.
         own = {"solver": "renoise"} if (self.lift or "").startswith("daps") else {}
         missing = {name: value for name, value in (PRESETS[self.preset] | own).items() if getattr(self, name) is None}
-        return replace(self, **missing)
+        if self.has_target:
+            missing.pop("lam", None)
+        filled = replace(self, **missing)
+        if filled.guidance == "constant" and filled.has_target and filled.calibration == "pool":
+            raise ConfigError(
+                "guidance constant: its scale is no lambda, and natural pictures cannot calibrate it; "
+                "give calibration sampler, or the scale itself as lam"
+            )
+        return filled
+
+    @property
+    def has_target(self) -> bool:
+        """Whether lambda is to follow from what was asked."""
+        return self.target_activation is not None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; from_json reads them back."""
@@ -210,6 +245,10 @@ class ExplainConfig(SampleConfig):
     """draws of the sampler that calibrate lambda"""
     target_quantile: float | None = field(default=None)
     """the target as a quantile of natural activation, strictly between 0 and 1"""
+
+    @property
+    def has_target(self) -> bool:
+        return self.lam is None  # without any, explain chooses one
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,7 +22,7 @@ from tiltscope.engine.bundle import Bundle
 from tiltscope.engine.calibration import calibrate_on_sampler
 from tiltscope.engine.choice import parse_choice
 from tiltscope.engine.config import ExplainConfig, SampleConfig
-from tiltscope.engine.errors import CalibrationError
+from tiltscope.engine.errors import CalibrationError, ConfigError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.report.metrics import measure, prior_warning
@@ -129,6 +129,10 @@ def explain(
 def inquire(bundle: Bundle, feature: Feature | str, config: ExplainConfig) -> Inquiry:
     """Check the request and find lambda; nothing is drawn. Raises ConfigError or CalibrationError."""
     config = config.resolved()
+    if config.guidance == "constant" and config.lam is not None:
+        raise ConfigError(
+            "lam: with guidance constant it is a scale, which has no target; give a target, or use sample"
+        )
     feature = bundle.feature(feature) if isinstance(feature, str) else feature
     log_tilt: LogTilt = parse_choice(config.log_tilt, LOG_TILTS, "log_tilt")
     natural = bundle.pool.activations(feature)
@@ -232,6 +236,9 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart |
     warnings = [
         prior_warning(float(natural.mean()), float(prior_activation.mean()), prior_se),
         inquiry.calibration.reason or None,
+        "guidance is constant: what is called lambda here is the published scale, which has no KL"
+        if inquiry.config.guidance == "constant"
+        else None,
         f"{int((~tilt.ok).sum())} of {len(tilt)} samples became non-finite or were stopped"
         if not tilt.ok.all()
         else None,

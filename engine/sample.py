@@ -223,6 +223,9 @@ def sample(
     solver: Any = None,
     steps: int | None = None,
     grid: Any = None,
+    guidance: str | None = None,
+    recurrence: int = 1,
+    travel_length: int = 1,
     preset: str = "calibrated",
     particles: int = 1,
     seed: int = 0,
@@ -258,6 +261,9 @@ def sample(
         solver=solver,
         steps=steps,
         grid=grid,
+        guidance=guidance,
+        recurrence=recurrence,
+        travel_length=travel_length,
         preset=preset,
         particles=particles,
         seed=seed,
@@ -282,11 +288,11 @@ def sample(
 
 def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
     """Check the request against prior and feature, fill the plan, find lambda. Raises as sample() does."""
+    config = config.resolved()
     if config.lam is None and config.target_activation is None:
         raise ConfigError(
             "lam and target_activation: got neither; give the tilt's lambda, or the mean activation wanted"
         )
-    config = config.resolved()
     dtype = DTYPES[config.dtype]
     prior, feature = prior.to(dtype), feature.to(dtype)
     check_denoise(prior, dtype, guided=config.lam != 0)
@@ -297,6 +303,9 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
         grid=config.grid,
         levels=prior.levels,
         guidance_interval=config.guidance_interval,
+        guidance="constant" if config.guidance == "constant" else "tilt",
+        recurrence=config.recurrence,
+        travel_length=config.travel_length,
     )
     lift: Lift = parse_choice(config.lift, LIFTS, "lift")
     if lift.moves_x0 != (config.solver == "renoise"):
@@ -319,6 +328,8 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
     started = time.perf_counter()
     natural, source = _natural_activations(prior, feature, config, programme)
     lam, estimate = _strength(config, natural, log_tilt)
+    if config.guidance == "constant":  # a scale, not a lambda: it says nothing of the tilt's KL
+        estimate = None
     return Run(
         prior=prior,
         feature=feature,

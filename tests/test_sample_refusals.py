@@ -47,7 +47,7 @@ def draw(*, denoise=None, activation=None, **settings):
         ({"seed": 1.0}, "seed: got 1.0"),
         ({"seed": 2**64}, "seed: got 18446744073709551616"),
         ({"solver": "rk45"}, "solver: got 'rk45'"),
-        ({"grid": "karras"}, "grid: got 'karras'"),
+        ({"grid": "cosine"}, "grid: got 'cosine'"),
         ({"grid": "native"}, "no noise levels"),
         ({"lift": "dsp"}, "lift: got 'dsp', allowed are dps, none"),
         ({"log_tilt": "bell"}, "log_tilt: got 'bell', allowed are linear, zscored, capped"),

@@ -116,15 +116,33 @@ class Lift(Protocol):
 
 @dataclass(frozen=True)
 class Dps:
-    """h = lam phi(drive(D(x))): the posterior stands at its mean. Its own Jensen gap is what particles correct."""
+    """h = lam phi(drive(D(x))): the posterior stands at its mean. Its own Jensen gap is what particles correct.
 
+    Two hazards of the published code, to be had by name. clip: D is clipped to [-1, 1] in guided rows, and no gradient reaches a
+    pixel outside. batch_mean: the tilted slots of a batch share phi of their mean drive, so that each is pushed by one B-th and
+    none can be redrawn alone.
+    """
+
+    clip: bool = False
+    batch_mean: bool = False
     moves_x0: ClassVar[bool] = False
     nfe: int = field(default=1, init=False)
     n_vjp: int = field(default=1, init=False)
 
     def push(self, step: Step, slots: Slots) -> Push:
-        out = step.guided(slots.x, slots.sigma, slots.alpha, slots.readout)
-        return Push(*out, slots.slope(out.drive), slots.energy(out.drive))
+        if self.clip:
+            mean, pullback = step.linearise(slots.x, slots.sigma)
+            x0_hat = mean.clamp(-1, 1)
+            activation, drive, grad = step.gradient(x0_hat, slots.readout)
+            grad = pullback(torch.where(x0_hat == mean, grad, 0.0))
+        else:
+            x0_hat, activation, drive, grad = step.guided(slots.x, slots.sigma, slots.alpha, slots.readout)
+        strength = slots.slope(drive)
+        if self.batch_mean:
+            tilted = slots.lam != 0
+            count = tilted.sum().clamp(min=1)
+            strength = slots.slope((torch.where(tilted, drive, 0.0).sum() / count).expand_as(drive)) / count
+        return Push(x0_hat, activation, drive, grad, strength, slots.energy(drive))
 
 
 @dataclass(frozen=True)

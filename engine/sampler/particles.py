@@ -23,7 +23,8 @@ from torch import Tensor
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.sampler.lifts import Lift
 from tiltscope.engine.sampler.noise import STREAM_RESAMPLING
-from tiltscope.engine.sampler.plan import COLUMNS, GraphKind, Plan
+from tiltscope.engine.sampler.plan import GraphKind, Plan
+from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.sampler.state import Programme, Sight, SlotState, slots_of
 from tiltscope.kernels.philox import uniform
 from tiltscope.kernels.reference import resample

@@ -19,7 +19,8 @@ from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.runtime.step import Step
 from tiltscope.engine.sampler.lifts import Dps, Lift, Slots
 from tiltscope.engine.sampler.noise import STREAM_START, seed_key
-from tiltscope.engine.sampler.plan import COLUMNS, GraphKind, Plan
+from tiltscope.engine.sampler.plan import GraphKind, Plan
+from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.tilt.log_tilt import LogTilt
 from tiltscope.kernels.philox import normal
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from tiltscope.engine.sampler.particles import reweigh_after_move, weigh
-from tiltscope.engine.sampler.plan import COLUMNS, GraphKind
+from tiltscope.engine.sampler.plan import GraphKind
+from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.sampler.state import (
     Observation,
     Programme,

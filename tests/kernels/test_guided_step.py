@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tiltscope.engine.sampler import noise
-from tiltscope.engine.sampler.plan import COLUMNS
+from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.kernels import reference
 from tiltscope.kernels.reference import guided_step
 

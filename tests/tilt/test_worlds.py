@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tiltscope.engine.errors import ConfigError
-from tiltscope.engine.sampler.plan import COLUMNS, GraphKind, Plan, make_plan
+from tiltscope.engine.sampler.plan import GraphKind, Plan, make_plan
+from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.tilt.worlds import GaussianWorld, Moments, discrete_moments
 
 WORLD = GaussianWorld(s=1.7)
