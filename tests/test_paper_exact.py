@@ -69,8 +69,9 @@ def setting():
     return prior, tiltscope.Feature(activation, name="published pooling")
 
 
-@pytest.mark.parametrize("num", [1, 4])
-def test_twenty_rows_are_the_published_ones(setting, num):
+# In a batch every picture's rounding reaches the others through the shared mean, and the cap's edge multiplies it.
+@pytest.mark.parametrize(("num", "within"), [(1, 1e-10), (4, 1e-8)])
+def test_twenty_rows_are_the_published_ones(setting, num, within):
     """With a batch too: its hazard, one B-th of the push each and one cap for all, is reproduced by name."""
     prior, feature = setting
     samples = tiltscope.sample(
@@ -80,7 +81,7 @@ def test_twenty_rows_are_the_published_ones(setting, num):
     assert 0 < bound < ROWS  # the cap holds in some rows and not in others
     assert clipped > 100  # and clipping has something to clip
     torch.testing.assert_close(samples.x0.double(), expected, rtol=0, atol=1e-6)  # Samples are float32
-    assert float((drawn_in_float64(prior, feature, num) - expected).abs().max()) < 1e-10
+    assert float((drawn_in_float64(prior, feature, num) - expected).abs().max()) < within
 
 
 def drawn_in_float64(prior, feature, num):
