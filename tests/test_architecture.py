@@ -1,6 +1,7 @@
 """The direction of imports, what may be imported where, and that the packages listed are the packages there are."""
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -23,7 +24,14 @@ LIGHT = (
     "engine/_root",
 )
 # What an embedding without torch uses.
-NUMPY_ONLY = ("engine/sampler/plan.py", "engine/sampler/noise.py", "engine/tilt/calibrate.py")
+NUMPY_ONLY = (
+    "engine/sampler/plan.py",
+    "engine/sampler/row.py",
+    "engine/sampler/solvers.py",
+    "engine/sampler/grids.py",
+    "engine/sampler/noise.py",
+    "engine/tilt/calibrate.py",
+)
 
 
 def sources(*places: str) -> list[Path]:
@@ -99,6 +107,19 @@ def test_light_modules_import_nothing_heavy(path: Path) -> None:
 @pytest.mark.parametrize("path", [each for each in sources(*NUMPY_ONLY) if each.exists()], ids=name_of)
 def test_tables_noise_and_calibration_need_numpy_only(path: Path) -> None:
     assert "torch" not in tops(path)
+
+
+@pytest.mark.parametrize("path", sources(*ROOMS), ids=name_of)
+def test_what_the_engine_imports_is_installed_with_it(path: Path) -> None:
+    """A distribution that only the checks install would be missing on a user's machine."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named = [*project["dependencies"], *(each for name, needs in extras.items() if name != "dev" for each in needs)]
+    distributions = {re.split(r"[^\w-]", each)[0].lower() for each in named}
+    modules = {{"pillow": "PIL", "scikit-learn": "sklearn"}.get(each, each.replace("-", "_")) for each in distributions}
+    # jinja2 brings markupsafe: the page's own escaping.
+    foreign = tops(path) - set(sys.stdlib_module_names) - {"tiltscope", "markupsafe"}
+    assert foreign <= modules
 
 
 def test_every_package_is_listed_and_every_listed_package_exists() -> None:

@@ -13,6 +13,10 @@ Mixture world:   p = sum_k pi_k N(mu_k u, s^2 I), the same feature: plug-in guid
 
     q = sum_k w_k N((mu_k + lam s^2) u, s^2 I),   w_k ~ pi_k exp(lam mu_k)   log Z = log sum_k pi_k exp(lam mu_k) + lam^2 s^2 / 2
 
+Kernel world:    p = (1/N) sum_i N(x_i, s^2 I) over real pictures x_i, any feature: as s -> 0 its tilt is a sum over the pictures
+
+    q -> sum_i w_i delta(x_i),   w_i ~ exp(lam phi(a(x_i)))     log Z = log (1/N) sum_i exp(lam phi(a(x_i)))
+
 Source: method section 6.
 """
 
@@ -22,7 +26,7 @@ from math import cos, exp, log, prod, sin, sqrt
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 from torch import Tensor
@@ -228,3 +232,43 @@ class MixtureWorld:
         away = x - alpha_sq.sqrt() * levels
         share = torch.softmax(torch.tensor(self.weights, dtype=torch.float64).log() - away**2 / (2 * v), 1)
         return (share * (levels + alpha_sq.sqrt() * self.s**2 / v * away)).sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelWorld:
+    """p = (1/N) sum_i N(x_i, s^2 I) over `pictures` x_i (module docstring); what is exact about it is exact as s -> 0.
+
+    Small s: the answer to a feature is an importance-weighted sum over the pictures (tilt_weights), which a sampler should match.
+    """
+
+    pictures: Float[Tensor, "num *shape"]
+    s: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not (self.s > 0 and len(self.pictures) > 0):
+            raise ConfigError(
+                f"s and pictures: got {self.s!r} and {len(self.pictures)} pictures; both must be positive"
+            )
+
+    @property
+    def prior(self) -> Prior:
+        """The closed-form denoiser: k x + (1 - alpha k) sum_i r_i(x) x_i, r = softmax(-|x - alpha x_i|^2 / 2v), in float64."""
+        flat = self.pictures.flatten(1).double()
+        norm_sq = (flat * flat).sum(1)
+
+        def denoise(x: Float[Tensor, "batch ..."], sigma: Float[Tensor, "batch"]) -> Float[Tensor, "batch ..."]:
+            given, shape = x.dtype, x.shape
+            x, sigma = x.flatten(1).double(), sigma.double()[:, None]
+            alpha_sq = (1 - sigma) * (1 + sigma)
+            alpha, v = alpha_sq.sqrt(), alpha_sq * self.s**2 + sigma**2
+            # |x|^2 is the same for every picture, and drops out of the softmax.
+            share = torch.softmax((alpha * (x @ flat.T) - alpha_sq * norm_sq / 2) / v, 1)
+            k = alpha * self.s**2 / v
+            return (k * x + (1 - alpha * k) * (share @ flat)).to(given).reshape(shape)
+
+        name = f"kernel({len(self.pictures)} pictures, s={self.s!r})"
+        return Prior(denoise, shape=tuple(self.pictures.shape[1:]), name=name)
+
+    def nearest(self, x0: Float[Tensor, "batch *shape"]) -> Int[Tensor, "batch"]:
+        """Which picture each sample is."""
+        return torch.cdist(x0.flatten(1).double(), self.pictures.flatten(1).double()).argmin(1)
