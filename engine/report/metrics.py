@@ -197,6 +197,20 @@ def diversity(embeddings: Float[ndarray, "num size"]) -> float | None:
     return float(_distances(embeddings, embeddings).sum() / (num * (num - 1))) if num > 1 else None
 
 
+def vendi_score(embeddings: Float[ndarray, "num size"]) -> float | None:
+    """exp of the entropy of the eigenvalues of K/num, K the cosine similarities: how many unlike pictures these are, 1 to num.
+
+    Rows are L2-normalised. None for no picture. Source: Friedman and Dieng 2023, definition 3.1.
+    """
+    num = len(embeddings)
+    if num == 0:
+        return None
+    rows = np.asarray(embeddings, np.float64)
+    values = np.linalg.eigvalsh(rows @ rows.T / num)
+    values = values[values > 0]
+    return float(np.exp(-(values * np.log(values)).sum()))
+
+
 def prior_warning(natural_mean: float, prior_mean: float, prior_mean_se: float) -> str | None:
     """What to tell a reader where unguided draws' mean activation is more than 3 standard errors from the pool's."""
     away = abs(prior_mean - natural_mean)

@@ -25,6 +25,8 @@ STREAM_STEP = 1
 STREAM_RESAMPLING = 2
 STREAM_POOL = 3  # the order in which hard truncation draws from the pool
 STREAM_ACTMAX = 4  # starts and transforms of activation maximisation
+STREAM_ROBUSTNESS = 5  # the noise of a metric
+STREAM_PROBE = 6  # probes of a divergence, and the noise that starts a likelihood
 STREAM_LIFT = 16  # 16 + i: the i-th draw of a lift
 
 # Draws that calibrate lambda when a prior comes with no pool live above every index a user can ask for.

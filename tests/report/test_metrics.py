@@ -25,6 +25,7 @@ from tiltscope.engine.report.metrics import (
     percentile,
     prior_warning,
     selectivity_rank,
+    vendi_score,
 )
 from tiltscope.engine.samples import Samples
 from tiltscope.engine.tilt.calibrate import calibrate, tilt_weights
@@ -239,3 +240,15 @@ def test_ess_in_words() -> None:
     assert ess_in_words(12.3) == "about 12 natural pictures carry this target"
     assert ess_in_words(1.2) == "about 1 natural picture carries this target"
     assert ess_in_words(7448.6).startswith("about 7,400 natural")
+
+
+@given(st.integers(1, 12), st.integers(1, 4))
+def test_vendi_counts_unlike_pictures_however_often_each_is_repeated(unlike: int, times: int) -> None:
+    assert vendi_score(np.repeat(np.eye(12)[:unlike], times, axis=0)) == pytest.approx(unlike)
+
+
+def test_vendi_lies_between_one_and_their_number() -> None:
+    found = vendi_score(EMBEDDINGS)
+    assert found is not None
+    assert 1 < found < len(EMBEDDINGS)
+    assert vendi_score(EMBEDDINGS[:0]) is None

@@ -8,7 +8,7 @@ from torch import Tensor
 from tiltscope.engine.errors import ConfigError, NonFiniteError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.tilt import actmax
-from tiltscope.engine.tilt.actmax import SHIFT, activation_maximisation
+from tiltscope.engine.tilt.actmax import SHIFT, activation_maximisation, natural_magnitude
 
 SHAPE = (3, 16, 16)
 
@@ -83,7 +83,7 @@ def test_where_a_thresholded_feature_is_silent_its_drive_is_climbed() -> None:
 
 
 def test_a_start_has_natures_spectrum() -> None:
-    paint = actmax._Painter((1, 64, 64))
+    paint = actmax._Fourier((1, 64, 64))
     power = torch.zeros(64, 33)
     for place in range(40):
         flat = torch.atanh(paint(paint.start(0, place)[None])[0, 0])
@@ -95,7 +95,7 @@ def test_a_start_has_natures_spectrum() -> None:
 
 
 def test_colours_start_decorrelated_in_natures_axes() -> None:
-    paint = actmax._Painter(SHAPE)
+    paint = actmax._Fourier(SHAPE)
     spectra = torch.stack([paint.start(3, place) for place in range(60)])
     pixels = torch.atanh(paint(spectra)).permute(1, 0, 2, 3).flatten(1).numpy()
     expected = paint.colour.numpy() @ paint.colour.numpy().T
@@ -143,3 +143,21 @@ def _nan() -> Feature:
 def test_samples_that_are_no_pictures_are_refused() -> None:
     with pytest.raises(ConfigError, match="channels, height, width"):
         activation_maximisation(FEATURE, shape=(8,), num=1, target_mean=1.0, seed=0)
+
+
+def test_with_a_magnitude_only_the_phase_is_free() -> None:
+    natural = torch.rand(20, *SHAPE, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+    magnitude = natural_magnitude(natural)
+    found = activation_maximisation(FEATURE, shape=SHAPE, num=3, target_mean=0.12, seed=0, magnitude=magnitude)
+    assert found.reached
+    assert found.steps > 0
+    # Where a frequency is its own mirror image (four of them) a real picture keeps only the cosine of the phase.
+    spectrum = torch.fft.rfft2(torch.atanh(found.x0.double()), norm="ortho").abs()
+    inner = slice(1, SHAPE[2] // 2)
+    torch.testing.assert_close(
+        spectrum[..., inner], magnitude.double().expand_as(spectrum)[..., inner], rtol=1e-3, atol=1e-4
+    )
+    again = activation_maximisation(FEATURE, shape=SHAPE, num=3, target_mean=0.12, seed=0, magnitude=magnitude)
+    assert torch.equal(found.x0, again.x0)
+    with pytest.raises(ConfigError, match="magnitude got shape"):
+        activation_maximisation(FEATURE, shape=SHAPE, num=1, target_mean=0.1, seed=0, magnitude=magnitude[:, :3])
