@@ -1,4 +1,4 @@
-"""What can be asked for: the settings of sample() and explain(), validated on construction.
+"""What can be asked for: the settings of sample(), explain() and compare(), validated on construction.
 
 The same frozen dataclasses serve the Python keywords, the command line and the manifest. A field left None is filled by the
 preset (`resolved`). Solver, grid, lift and log-tilt are kept as text ("ddim(eta=0.5)"), whatever they were given as, so a
@@ -222,22 +222,21 @@ class SampleConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Raises ConfigError for an unknown key."""
-        known = [each.name for each in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ConfigError(f"config: unknown key {name!r}, allowed are {', '.join(known)}")
-        given: dict[str, Any] = {name: _untangled(value) for name, value in values.items()}
-        return cls(**given)
+        return cls(**_known(values, cls))
 
     def identity(self, *parts: str) -> str:
         """64 hex digits over `parts` (command, bundle, feature) and every resolved setting that decides the pictures."""
         settings = {name: value for name, value in self.resolved().to_json().items() if name not in NOT_IN_IDENTITY}
-        return hashlib.sha256(json.dumps([*parts, settings], sort_keys=True).encode()).hexdigest()
+        return _digest([*parts, settings])
+
+
+# The ways to ask for a mean; at most one is given.
+TARGETS = ("target_activation", "target_quantile", "target_z", "target_max_multiple")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainConfig(SampleConfig):
-    """Settings of explain(): those of sample(), and the target as a quantile of natural activation."""
+    """Settings of explain(): those of sample(), and the target in terms of natural activation."""
 
     calibration: str = "sampler"
     """what lambda is calibrated on: sampler (dual ascent on its own draws) | pool (natural pictures)"""
@@ -245,6 +244,10 @@ class ExplainConfig(SampleConfig):
     """draws of the sampler that calibrate lambda"""
     target_quantile: float | None = field(default=None)
     """the target as a quantile of natural activation, strictly between 0 and 1"""
+    target_z: float | None = None
+    """the target in natural standard deviations above the natural mean"""
+    target_max_multiple: float | None = None
+    """the target as a multiple of the largest natural activation; from 1 on it needs --beyond-pool"""
 
     @property
     def has_target(self) -> bool:
@@ -252,14 +255,113 @@ class ExplainConfig(SampleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target_quantile is None:
-            return
-        self._set(target_quantile=_finite("target_quantile", self.target_quantile))
-        if not 0 < self.target_quantile < 1:
-            raise ConfigError(f"target_quantile: got {self.target_quantile}, allowed is strictly between 0 and 1")
-        for name in ("lam", "target_activation"):
-            if getattr(self, name) is not None:
-                raise ConfigError(f"target_quantile and {name}: got both; give one, the other follows from it")
+        check_targets(self, "lam", *TARGETS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Settings of compare(): which samplers, at which target, from how many pictures each."""
+
+    num: int = 16
+    """pictures of each method at each lambda"""
+    lifts: tuple[str, ...] = ("dps", "none")
+    """lifts to compare, each with every solver"""
+    solvers: tuple[str, ...] = ("ddpm", "dpmpp_2m")
+    """solvers to compare"""
+    steps: tuple[int, ...] = (50,)
+    """numbers of steps, each with every lift and solver"""
+    presets: tuple[str, ...] = ()
+    """presets to compare beside them, as they are"""
+    lam_factors: tuple[float, ...] = (0.5, 2.0)
+    """points of the curve over lambda, as multiples of the lambda that reaches the target (0 and 1 are always there)"""
+    target_activation: float | None = None
+    """the wanted mean of phi(activation)"""
+    target_quantile: float | None = None
+    """the target as a quantile of natural activation, strictly between 0 and 1"""
+    target_z: float | None = None
+    """the target in natural standard deviations above the natural mean"""
+    target_max_multiple: float | None = None
+    """the target as a multiple of the largest natural activation; from 1 on it needs --beyond-pool"""
+    beyond_pool: bool = False
+    """allow targets that natural pictures cannot carry"""
+    log_tilt: str | None = None
+    """of every sampler (default: the preset's)"""
+    calibration_num: int = 64
+    """draws that calibrate each sampler"""
+    likelihood: bool = True
+    """bits/dim of every method's pictures under the prior (80 evaluations a picture); --no-likelihood leaves them out"""
+    seed: int = 0
+    """0 to 2^64 - 1"""
+    batch_size: int | None = None
+    """slots a step advances together"""
+    dtype: str = "float32"
+    """float32 | float64"""
+
+    def __post_init__(self) -> None:
+        _whole("num", self.num, 2, 4096)
+        for name in ("lifts", "solvers", "steps"):
+            if not getattr(self, name) and not self.presets:
+                raise ConfigError(f"{name}: got none; name at least one, or a preset")
+        for value in self.lam_factors:
+            if _finite("lam_factors", value) <= 0:
+                raise ConfigError(f"lam_factors: got {value}, allowed are numbers above 0")
+        check_targets(self, *TARGETS)
+        methods = self.methods()  # each is checked on construction
+        if len(set(methods)) != len(methods):
+            raise ConfigError("lifts, solvers, steps and presets: a method is named twice; name each once")
+
+    def methods(self) -> tuple[ExplainConfig, ...]:
+        """The samplers to compare, one configuration each. Raises ConfigError for one that is not allowed."""
+        same = ("num", *TARGETS, "beyond_pool", "calibration_num", "seed", "batch_size", "dtype")
+        shared: dict[str, Any] = {name: getattr(self, name) for name in same}
+        crossed: list[dict[str, Any]] = [
+            {"lift": lift, "solver": solver, "steps": steps}
+            for lift in self.lifts
+            for solver in self.solvers
+            for steps in self.steps
+        ]
+        whole: list[dict[str, Any]] = [{"preset": preset} for preset in self.presets]
+        tilted: dict[str, Any] = {} if self.log_tilt is None else {"log_tilt": self.log_tilt}
+        return tuple(ExplainConfig(**shared, **tilted, **each) for each in [*crossed, *whole])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; from_json reads them back."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Raises ConfigError for an unknown key."""
+        return cls(**_known(values, cls))
+
+    def identity(self, *parts: str) -> str:
+        """64 hex digits over `parts` and every setting."""
+        return _digest([*parts, self.to_json()])
+
+
+def check_targets(config: Any, *names: str) -> None:
+    """At most one of `names` is given, and what is given is a number that can be meant. Raises ConfigError."""
+    given = [name for name in names if getattr(config, name) is not None]
+    if len(given) > 1:
+        # The later name is the more particular one: it is what the message is about.
+        raise ConfigError(f"{given[-1]} and {given[0]}: got both; give one, the other follows from it")
+    for name in set(given) - {"lam"}:
+        object.__setattr__(config, name, _finite(name, getattr(config, name)))
+    if "target_quantile" in given and not 0 < config.target_quantile < 1:
+        raise ConfigError(f"target_quantile: got {config.target_quantile}, allowed is strictly between 0 and 1")
+    if "target_max_multiple" in given and not config.target_max_multiple > 0:
+        raise ConfigError(f"target_max_multiple: got {config.target_max_multiple}, allowed are numbers above 0")
+
+
+def _known(values: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    known = [each.name for each in fields(kind)]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"config: unknown key {name!r}, allowed are {', '.join(known)}")
+    return {name: _untangled(value) for name, value in values.items()}
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _untangled(value: Any) -> Any:

@@ -36,7 +36,7 @@ from tiltscope.engine.sample import (
     unguided_activations,
 )
 from tiltscope.engine.samples import Explanation, Samples, join
-from tiltscope.engine.tilt.actmax import activation_maximisation
+from tiltscope.engine.tilt.actmax import activation_maximisation, natural_magnitude
 from tiltscope.engine.tilt.calibrate import (
     Calibration,
     calibrate,
@@ -53,6 +53,8 @@ from tiltscope.engine.tilt.pool_rivals import hard_truncation, top_k
 SAMPLE_SETTINGS = tuple(each.name for each in fields(SampleConfig))
 # Unguided draws that say whether the sampler's prior is the p that the pool calibrates.
 PRIOR_CHECK_NUM = 32
+# Pool pictures whose mean spectrum MaCo holds.
+MAGNITUDE_NUM = 1024
 # What answer() does in turn, and how it is called where a person watches.
 PARTS = {
     "calibration": "calibrating lambda on the sampler",
@@ -115,7 +117,8 @@ def explain(
 ) -> Explanation:
     """The main job: four answers to what `feature` means, and their numbers.
 
-    settings: every keyword of sample(). At most one of lam, target_activation and target_quantile; without any, the largest
+    settings: every keyword of sample(). At most one of lam, target_activation, target_quantile, target_z (natural standard
+    deviations above the natural mean) and target_max_multiple (of the largest natural activation); without any, the largest
     target that at least 10 effective natural pictures carry. Unless lam is given it is calibrated on the sampler itself
     (calibration="pool": on natural pictures alone), and remembered. Raises as sample() does; TypeError for an unknown keyword.
     """
@@ -164,6 +167,11 @@ def _target(config: ExplainConfig, natural: NDArray[np.float64], log_tilt: LogTi
         target = config.target_activation
     elif config.target_quantile is not None:
         target = target_at_quantile(natural, config.target_quantile, log_tilt=log_tilt)
+    elif config.target_z is not None:
+        phi = log_tilt.phi(natural)
+        target = float(phi.mean() + config.target_z * phi.std())
+    elif config.target_max_multiple is not None:
+        target = config.target_max_multiple * float(log_tilt.phi(natural).max())
     else:
         chosen = default_target(natural, log_tilt=log_tilt)
         return chosen.target, estimates(natural, chosen.lam, log_tilt=log_tilt)
@@ -202,16 +210,16 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart |
             run.programme, run.feature, seed=run.config.seed, num=PRIOR_CHECK_NUM, bucket=PRIOR_CHECK_NUM
         )
     with watch("pool_rivals"):
-        topk = _from_pool(inquiry, top_k(sign * natural, run.config.num))
+        topk = pool_answer(inquiry, top_k(sign * natural, run.config.num))
         hard = hard_truncation(sign * natural, sign * reached, run.config.num, seed=run.config.seed)
-        hard_samples = _from_pool(inquiry, hard.chosen)
+        hard_samples = pool_answer(inquiry, hard.chosen)
         if len(hard.chosen) < run.config.num:
             side = "above" if sign > 0 else "below"
             notes["hard"] = (
                 f"only {len(hard.members)} pool pictures lie {side} the threshold {sign * hard.threshold:.4g}"
             )
     with watch("actmax"):
-        actmax, missed = _activation_maximum(inquiry, reached, sign)
+        actmax, missed = actmax_answer(inquiry, reached, sign)
         if missed:
             notes["actmax"] = missed
     answers = {"tilt": tilt, "topk": topk, "hard": hard_samples, "actmax": actmax}
@@ -263,7 +271,7 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart |
     return replace(explanation, manifest=_manifest(inquiry, explanation, evidence, watch.seconds))
 
 
-def _from_pool(inquiry: Inquiry, chosen: NDArray[np.int64]) -> Samples:
+def pool_answer(inquiry: Inquiry, chosen: NDArray[np.int64]) -> Samples:
     """Pool pictures as an answer: no network ran for them."""
     pool, num = inquiry.bundle.pool, len(chosen)
     x0 = pool.x0(chosen)
@@ -287,15 +295,22 @@ def _from_pool(inquiry: Inquiry, chosen: NDArray[np.int64]) -> Samples:
     )
 
 
-def _activation_maximum(inquiry: Inquiry, reached: float, sign: float) -> tuple[Samples, str | None]:
-    """Pictures of the activation that the tilt reached, and what to say where they are not. Addressed by (seed, place)."""
-    run = inquiry.run
+def actmax_answer(
+    inquiry: Inquiry, reached: float, sign: float = 1.0, *, phase_only: bool = False
+) -> tuple[Samples, str | None]:
+    """Pictures of the activation that the tilt reached, and what to say where they are not. Addressed by (seed, place).
+
+    phase_only: under the mean magnitude spectrum of the pool (MaCo).
+    """
+    run, pool = inquiry.run, inquiry.bundle.pool
+    magnitude = natural_magnitude(pool.x0(range(min(pool.num, MAGNITUDE_NUM)))) if phase_only else None
     found = activation_maximisation(
         sign * inquiry.feature,
         shape=run.prior.shape,
         num=run.config.num,
         target_mean=sign * reached,
         seed=run.config.seed,
+        magnitude=magnitude,
     )
     num = run.config.num
     activation, drive = (each.detach() for each in inquiry.feature.activation_and_drive(found.x0))

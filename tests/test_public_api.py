@@ -81,7 +81,9 @@ def test_every_setting_of_the_config_is_a_keyword_of_sample() -> None:
         name: default for name, default in SAMPLE.items() if name != "on_step"
     }
     assert {each.name for each in fields(ExplainConfig)} - {each.name for each in fields(SampleConfig)} == {
-        "target_quantile"
+        "target_quantile",
+        "target_z",
+        "target_max_multiple",
     }
 
 

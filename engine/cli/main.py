@@ -22,6 +22,7 @@ COMMANDS = {
     "explain": "what a feature means: four answers side by side, with the numbers that say how far to trust each",
     "sample": "draw from one tilted distribution, up to a million pictures, resumable",
     "features": "what can be explained; --search WORD finds features by name",
+    "compare": "every method at matched activation: table, and activation against naturalness over lambda",
     "calibrate": "the lambda that reaches a wanted mean activation, from natural pictures alone",
     "doctor": "what this machine can run, what is missing, which extra installs it",
 }

@@ -20,6 +20,8 @@ from tiltscope.engine.errors import ConfigError
 Arguments = TypeVar("Arguments")
 
 _BOX = re.compile(r"[─-╿]+")
+# Commas between the values of a list, not those inside a choice's parentheses.
+_BETWEEN = re.compile(r",(?![^()]*\))")
 _ALLOWED = {int: "whole numbers", float: "numbers"}
 _MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 
@@ -86,7 +88,7 @@ def _read_plainly(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | No
     def from_words(words: list[str]) -> Any:
         if not lists or (scalars and "," not in words[0]):
             return _element(element, words[0])
-        values = tuple(_element(element, part) for part in words[0].split(","))
+        values = tuple(_element(element, part) for part in _BETWEEN.split(words[0]))
         if length is not None and len(values) != length:
             raise ValueError(f"got {words[0]!r}, allowed are {length} numbers with a comma between")
         return values

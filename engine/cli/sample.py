@@ -33,12 +33,15 @@ def run(arguments: Arguments) -> None:
     with stage("loading torch and the models", quiet=quiet):
         from tiltscope.engine.bundle import load
         from tiltscope.engine.report.writer import SampleWriter
-        from tiltscope.engine.sample import check_any_finite, prepare
+        from tiltscope.engine.sample import calibrated, check_any_finite, prepare
 
         bundle = load(arguments.bundle)
         drawing = prepare(bundle.prior, bundle.feature(arguments.feature), arguments.config)
     out = arguments.out or Path(f"tiltscope-{drawing.identity[:8]}")
     writer = SampleWriter(out, drawing.identity)
+    if drawing.config.calibration == "sampler":
+        with stage("calibrating lambda on the sampler", quiet=quiet):
+            drawing = calibrated(drawing)
     manifest: dict[str, Any] = drawing.describe() | {
         "bundle": bundle.describe(),
         "feature_name": bundle.label(drawing.feature),

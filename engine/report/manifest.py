@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
-from tiltscope.engine.config import ExplainConfig, SampleConfig
+from tiltscope.engine.config import CompareConfig, ExplainConfig, SampleConfig
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.address import parse
 from tiltscope.engine.report.atomic import write_bytes
@@ -23,7 +23,11 @@ SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
 # What decides the numbers beside our own code.
 _DISTRIBUTIONS = ("tiltscope", "torch", "numpy", "diffusers", "transformers", "safetensors", "pillow")
-_CONFIGS: dict[str, type[SampleConfig]] = {"explain": ExplainConfig, "sample": SampleConfig}
+_CONFIGS: dict[str, type[SampleConfig] | type[CompareConfig]] = {
+    "explain": ExplainConfig,
+    "sample": SampleConfig,
+    "compare": CompareConfig,
+}
 _DEFAULT_BUNDLE = "emoji64"
 
 
@@ -76,7 +80,8 @@ def repeat_command(manifest: Mapping[str, Any]) -> str | None:
     for each in fields(_CONFIGS[str(command)]):
         value = settings.get(each.name)
         # A reader wants to see these two even at their defaults.
-        if value is not None and (value != each.default or each.name in ("num", "seed")):
+        default = list(each.default) if isinstance(each.default, tuple) else each.default
+        if value is not None and (value != default or each.name in ("num", "seed")):
             words.append(_flag(each.name, value))
     described = cast(Mapping[str, Any], bundle)
     name = described.get("location", described.get("name"))
@@ -86,6 +91,9 @@ def repeat_command(manifest: Mapping[str, Any]) -> str | None:
 
 
 def _flag(name: str, value: Any) -> str:
+    """--name value; of a switch, the word that turns it from its default: --name or --no-name."""
+    if isinstance(value, bool):
+        return f"--{'' if value else 'no-'}{name.replace('_', '-')}"
     text = ",".join(map(str, cast(Sequence[Any], value))) if isinstance(value, list | tuple) else str(value)
     return f"--{name.replace('_', '-')} {shlex.quote(text)}"
 

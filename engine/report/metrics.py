@@ -238,7 +238,7 @@ def _appearance(
         return {}
     pool = _unit(bundle.pool.embeddings())
     # A pool picture's embedding is stored: the evaluator need not see it again.
-    embeddings = _embed(bundle, x0) if in_pool is None else pool[in_pool]
+    embeddings = embed(bundle, x0) if in_pool is None else pool[in_pool]
     values: dict[str, float | None] = {
         "nearest_distance": float(nearest_natural(embeddings, pool, in_pool=in_pool).distance.mean()),
         "diversity": diversity(embeddings),
@@ -252,7 +252,8 @@ def _appearance(
     return values | {"naturalness": float(scores.mean()), "naturalness_se": _standard_error(scores, shown_of)}
 
 
-def _embed(bundle: Bundle, x0: Tensor) -> NDArray[np.float64]:
+def embed(bundle: Bundle, x0: Tensor) -> NDArray[np.float64]:
+    """The evaluator's embeddings of pictures, L2-normalised in float64."""
     return _unit(bundle.evaluator().embed(x0, batch_size=EMBED_BATCH).numpy())
 
 

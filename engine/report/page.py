@@ -89,7 +89,7 @@ def render(explanation: Explanation, manifest: Mapping[str, Any]) -> str:
     rows, footnotes = _table(explanation, list(answers))
     spec = log_tilt_spec(manifest)
     bundle = as_mapping(manifest.get("bundle"))
-    return _template().render(
+    return template("page.html.jinja").render(
         feature=explanation.feature,
         name=explanation.name,
         name_source=manifest.get("feature_name_source"),
@@ -105,7 +105,7 @@ def render(explanation: Explanation, manifest: Mapping[str, Any]) -> str:
         num_natural=f"{len(explanation.natural):,}",
         trust=trust_lines(explanation, manifest, spec),
         warnings=warning_lines(explanation),
-        repeat=_unbroken(manifest.get("repeat")),
+        repeat=unbroken(manifest.get("repeat")),
         seed=answers["tilt"].seed,
         bundle=bundle,
         attribution=[as_mapping(each) for each in cast(Iterable[Any], bundle.get("attribution") or ())],
@@ -114,7 +114,8 @@ def render(explanation: Explanation, manifest: Mapping[str, Any]) -> str:
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page of this folder; it escapes what it is given."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tiltscope.engine.report", "."),
         autoescape=True,
@@ -123,7 +124,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["sentence"] = sentence
-    return environment.get_template("page.html.jinja")
+    return environment.get_template(name)
 
 
 def _lede(explanation: Explanation, spec: str) -> str:
@@ -249,7 +250,7 @@ def _plots(explanation: Explanation, answers: Mapping[str, Samples], spec: str) 
     ]
 
 
-def _unbroken(command: str | None) -> list[str]:
+def unbroken(command: str | None) -> list[str]:
     """The command in pieces that a line should not break: each flag with its value."""
     return [] if not command else re.split(r" (?=--[a-z])", command)
 

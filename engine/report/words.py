@@ -78,6 +78,24 @@ METRIC_ROWS: Mapping[str, MetricWords] = {
     "n_vjp": MetricWords("Gradients", "a picture", 0),
 }
 
+# Columns of a comparison, in this order.
+COMPARED: Mapping[str, MetricWords] = {
+    "lam": MetricWords("Lambda", "or scale", 3),
+    "activation_mean": MetricWords("Mean activation", "± standard error", 2, "activation_se"),
+    "naturalness": MetricWords("Naturalness", "sd", 2, "naturalness_se"),
+    "diversity": MetricWords("Diversity", "distance", 3),
+    "vendi": MetricWords("Vendi score", "unlike pictures", 1),
+    "kl": MetricWords("KL", "nats", 2),
+    "excess_kl": MetricWords("Excess KL", "nats", 2),
+    "bits_per_dim": MetricWords("Bits/dim", "under the prior", 2),
+    "robustness_jpeg": MetricWords("JPEG", "share left", 2),
+    "robustness_resize": MetricWords("Resize", "share left", 2),
+    "robustness_noise": MetricWords("Noise", "share left", 2),
+    "nfe": MetricWords("Denoiser calls", "a picture", 0),
+    "n_vjp": MetricWords("Gradients", "a picture", 0),
+    "seconds": MetricWords("Time", "s a picture", 2),
+}
+
 _NO_EVALUATOR = "the bundle has no network that could judge the pictures independently"
 _NO_DENSITY = "optimised pictures are single points: they have no density against natural pictures"
 _LOOKED_UP = "looked up in the pool, which costs next to nothing"
