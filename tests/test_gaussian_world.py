@@ -172,3 +172,35 @@ def test_calibration_draws_are_apart_from_every_sample_a_user_can_ask_for():
     for _ in range(run.plan.num_rows):
         start, _ = tick(start, run.programme)
     assert torch.equal(start.x, draws)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "heun", "dpmpp_2m_sde"])
+def test_scale_and_origin_of_the_activation_are_lambdas_alone(solver):
+    """(k a, lambda / k) is the same tilt, and adding a constant to a changes nothing but log Z."""
+    asked = {"num": 6, "steps": 12, "solver": solver, "dtype": "float64"}
+    plain = tiltscope.sample(WORLD.prior, WORLD.feature, lam=LAM, **asked)
+    for k in (0.01, 7.0):
+        scaled = tiltscope.Feature(lambda x0, k=k: k * WORLD.feature.activation(x0), name="scaled")
+        torch.testing.assert_close(
+            tiltscope.sample(WORLD.prior, scaled, lam=LAM / k, **asked).x0, plain.x0, rtol=0, atol=1e-6
+        )
+    moved = tiltscope.Feature(lambda x0: WORLD.feature.activation(x0) + 100.0, name="moved")
+    assert torch.equal(tiltscope.sample(WORLD.prior, moved, lam=LAM, **asked).x0, plain.x0)
+
+
+def test_the_mean_rises_with_lambda():
+    means = [
+        float(tiltscope.sample(WORLD.prior, WORLD.feature, num=64, lam=lam, steps=20, batch_size=64).activation.mean())
+        for lam in (-2.0, -0.5, 0.0, 0.3, 1.0, 4.0)
+    ]
+    assert means == sorted(means)
+
+
+@pytest.mark.parametrize(("scale", "lam"), [(1e4, 0.9), (1.0, 1e6), (1e4, 1e6)])
+def test_huge_activations_and_lambdas_are_drawn_or_refused_never_half_of_each(scale, lam):
+    """The linear world has an answer however large: mean lam s^2, to single precision."""
+    big = tiltscope.Feature(lambda x0: scale * WORLD.feature.activation(x0), name="big")
+    samples = tiltscope.sample(WORLD.prior, big, num=3, lam=lam, steps=50)
+    assert samples.ok.all()
+    expected = scale**2 * WORLD.discrete(make_plan("ddpm", steps=50, grid="angle"), lam).mean
+    assert float(samples.activation.mean()) == pytest.approx(expected, rel=1e-3)
