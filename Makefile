@@ -6,7 +6,7 @@
 #   make lint | types              ruff; pyright strict
 #   make bench                     the measured numbers of this machine
 #   make wheel-check               the wheel, from a clean archive, in a clean environment
-#   make figures                   the README's picture
+#   make figures                   the README's picture, and those of docs/method.md
 #   make train                     how the embedded models were made (hours)
 #   make bundle-report             measure the embedded bundle anew, and write its figures and its card
 
@@ -42,10 +42,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	@$(VENV)/bin/tiltscope explain $(FEATURE) --out "tiltscope-demo-$$(date +%Y%m%d-%H%M%S)"
 
-# The README's picture; the same feature again continues or repeats the same folder.
+# The README's picture and those of docs/method.md; the same feature again continues or repeats the same folder.
 figures: $(VENV)/.installed
 	$(VENV)/bin/tiltscope explain $(FEATURE) --out build/four_answers
 	$(RUN) tools/four_answers.py build/four_answers docs/four_answers.png
+	$(RUN) tools/method_figures.py docs/figures
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest
