@@ -74,7 +74,7 @@ def _sampler(run: Run) -> Draw:
 
 def calibration_key(run: Run, target: float) -> str:
     """64 hex digits over what decides the lambda: prior, feature, target and every setting of the sampler."""
-    settings = {name: value for name, value in run.config.to_json().items() if name not in _FREE}
+    settings = {name: value for name, value in run.config.decisive().items() if name not in _FREE}
     parts = [version("tiltscope"), run.prior.identity, run.feature.identity, float(f"{target:.9g}"), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

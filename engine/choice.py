@@ -43,10 +43,10 @@ def parse_choice(choice: Any, registry: Mapping[str, type[Any]], what: str) -> A
 
 
 def describe_choice(choice: Any, registry: Mapping[str, type[Any]]) -> str:
-    """The text that parse_choice reads back: "heun", "ddim(eta=0.5)". Switches that are off are left out."""
+    """The text that parse_choice reads back: "heun", "ddim(eta=0.5)". What is off unless asked for, and was not, is left out."""
     name = next(name for name, kind in registry.items() if type(choice) is kind)
-    given = {each.name: getattr(choice, each.name) for each in fields(choice) if each.init}
-    values = [f"{name}={value!r}" for name, value in given.items() if value is not False]
+    given = {each: getattr(choice, each.name) for each in fields(choice) if each.init}
+    values = [f"{each.name}={value!r}" for each, value in given.items() if value or each.default not in (False, 0.0)]
     return f"{name}({', '.join(values)})" if values else name
 
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import isfinite
+from pathlib import Path
 from typing import Any, Self
 
 from tiltscope.engine.choice import describe_choice, parse_choice
@@ -79,6 +80,10 @@ class SampleConfig:
     """which samples of the seed to draw (default 0 .. num-1)"""
     batch_size: int | None = None
     """slots a step advances together (default: the power of two that holds num, at most 8)"""
+    start: str | None = None
+    """a picture's file: samples start from it, noised to start_sigma, and keep what that noise leaves of it"""
+    start_sigma: float = 0.8
+    """noise level at which they start, between 0 and 1; with --start only"""
     guidance_interval: tuple[float, float] | None = None
     """(sigma_lo, sigma_hi): rows outside are not guided"""
     calibration: str = "pool"
@@ -112,6 +117,7 @@ class SampleConfig:
             raise ConfigError(
                 "beyond_pool: only the sampler itself can say what lies there; give calibration sampler too"
             )
+        self._check_start()
         self._check_lam()
         self._check_indices()
         self._check_interval()
@@ -144,6 +150,15 @@ class SampleConfig:
             given = getattr(self, name)
             if given not in allowed and not (name == "guidance" and given is None):
                 raise ConfigError(f"{name}: got {given!r}, allowed are {', '.join(allowed)}")
+
+    def _check_start(self) -> None:
+        if self.start is not None:
+            self._set(start=str(self.start))
+            if not Path(self.start).is_file():
+                raise ConfigError(f"start: got {self.start}, which is no file; name a picture's file")
+        self._set(start_sigma=_finite("start_sigma", self.start_sigma))
+        if not 0 < self.start_sigma < 1:
+            raise ConfigError(f"start_sigma: got {self.start_sigma}, allowed is strictly between 0 and 1")
 
     def _check_lam(self) -> None:
         if self.lam is None:
@@ -226,8 +241,14 @@ class SampleConfig:
 
     def identity(self, *parts: str) -> str:
         """64 hex digits over `parts` (command, bundle, feature) and every resolved setting that decides the pictures."""
-        settings = {name: value for name, value in self.resolved().to_json().items() if name not in NOT_IN_IDENTITY}
+        settings = {name: value for name, value in self.resolved().decisive().items() if name not in NOT_IN_IDENTITY}
         return _digest([*parts, settings])
+
+    def decisive(self) -> dict[str, Any]:
+        """to_json, with a starting picture's content in place of its name."""
+        if self.start is None:
+            return self.to_json()
+        return self.to_json() | {"start": hashlib.sha256(Path(self.start).read_bytes()).hexdigest()}
 
 
 # The ways to ask for a mean; at most one is given.

@@ -29,7 +29,7 @@ from tiltscope.engine.sampler.particles import proposal_plan, settle
 from tiltscope.engine.sampler.plan import GraphKind, Plan, make_plan
 from tiltscope.engine.sampler.state import Programme, SlotState, admit
 from tiltscope.engine.sampler.tick import tick
-from tiltscope.engine.samples import Samples, join
+from tiltscope.engine.samples import Samples, Target, join
 from tiltscope.engine.tilt.ascent import Ascent
 from tiltscope.engine.tilt.calibrate import Calibration, calibrate, estimates, largest_reachable
 from tiltscope.engine.tilt.evidence import combine
@@ -132,7 +132,7 @@ class Run:
             lam=lam.to(torch.float32),
             seed=self.config.seed,
             index=state.index[slot],
-            target="approximate" if settled is None and bool((lam != 0).any()) else "consistent",
+            target=self._target(tilted=bool((lam != 0).any())),
             nfe=nfe * particles,
             n_vjp=n_vjp * particles,
             ok=(state.ok[slot] if settled is None else settled.ok) & finished,
@@ -154,6 +154,14 @@ class Run:
             group_ess=settled.ess,
             lineages=settled.lineages,
         )
+
+    def _target(self, *, tilted: bool) -> Target:
+        """What the draws may be called (samples.py)."""
+        if self.config.start is not None:
+            return "started"
+        if tilted and self.programme.lift.couples:
+            return "coupled"
+        return "approximate" if tilted and self.config.particles == 1 else "consistent"
 
     def _cost(self, rows: Int[Tensor, "num"], lam: Float[Tensor, "num"]) -> tuple[Tensor, Tensor]:
         """Evaluations of the denoiser, and backward passes, in the first `rows` rows of each sample."""
@@ -231,6 +239,8 @@ def sample(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
+    start: str | None = None,
+    start_sigma: float = 0.8,
     guidance_interval: tuple[float, float] | None = None,
     calibration: str = "pool",
     calibration_num: int = 256,
@@ -245,6 +255,8 @@ def sample(
     target_activation c, which calibrates lam so that E_q[phi(a)] = c: on the pool where prior and feature come from one
     bundle, else on calibration_num unguided draws. calibration="sampler" goes on from there by dual ascent on
     calibration_num draws of the sampler itself, whose mean is then c although it is biased (engine/calibration.py).
+
+    start: a picture's file from which, noised to start_sigma, the samples set out (target "started": neither p nor q).
 
     (seed, index) addresses one picture: it is bitwise the same in whatever company it is drawn inside one batch_size; across
     batch sizes within 1e-3 (guided, float32, RMS over a picture).
@@ -269,6 +281,8 @@ def sample(
         seed=seed,
         indices=indices,  # pyright: ignore[reportArgumentType]  likewise
         batch_size=batch_size,
+        start=start,
+        start_sigma=start_sigma,
         guidance_interval=guidance_interval,
         calibration=calibration,
         calibration_num=calibration_num,
@@ -306,6 +320,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
         guidance="constant" if config.guidance == "constant" else "tilt",
         recurrence=config.recurrence,
         travel_length=config.travel_length,
+        start_sigma=None if config.start is None else config.start_sigma,
     )
     lift: Lift = parse_choice(config.lift, LIFTS, "lift")
     if lift.moves_x0 != (config.solver == "renoise"):
@@ -324,6 +339,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
         dtype=dtype,
         particles=config.particles,
         bucket=config.bucket,
+        start=None if config.start is None else _starting_picture(prior, config.start).to(dtype),
     )
     started = time.perf_counter()
     natural, source = _natural_activations(prior, feature, config, programme)
@@ -341,6 +357,20 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
         estimate=estimate,
         seconds={"calibration": time.perf_counter() - started},
     )
+
+
+def _starting_picture(prior: Prior, path: str) -> Float[Tensor, "channel height width"]:
+    """The picture in `path` as x0, cut to the prior's shape around its middle and resized. Raises ConfigError."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not prior.pictures:
+        raise ConfigError(f"start: this prior's samples are {list(prior.shape)}, no pictures; leave start out")
+    try:
+        with Image.open(path) as opened:
+            fitted = ImageOps.fit(opened.convert("RGB"), (prior.shape[2], prior.shape[1]), Image.Resampling.LANCZOS)
+    except (OSError, UnidentifiedImageError) as error:
+        raise ConfigError(f"start: {path} cannot be read as a picture ({error})") from error
+    return torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1).to(torch.float32) / 127.5 - 1
 
 
 def calibrated(run: Run) -> Run:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tiltscope.engine.tilt.calibrate import Calibration
 
-Target = Literal["approximate", "consistent", "exact", "none"]
+Target = Literal["approximate", "consistent", "exact", "coupled", "started", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,8 @@ class Samples:
     """Draws from one distribution of pictures.
 
     target: "approximate" for plug-in guidance, "consistent" for the particle-corrected sampler, "exact" for draws from the
-    pool itself or an unguided prior, "none" for activation maximisation, which draws from no stated distribution.
+    pool itself, "coupled" where a batch's samples push each other and none can be redrawn alone, "started" for what set out
+    from a given picture, "none" for activation maximisation, which draws from no stated distribution.
     log_z, kl, ess: of the tilt, None where not known; their source is in the manifest.
     With particles: `particles` are every sample's weighted pictures, `weights` sum to 1 over each row, x0 is one drawn by weight;
     group_log_z, group_phi, group_ess, lineages: what each sample's own particles say (sampler/particles.py, Settled).

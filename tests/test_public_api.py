@@ -40,6 +40,8 @@ SAMPLE = {
     "seed": 0,
     "indices": None,
     "batch_size": None,
+    "start": None,
+    "start_sigma": 0.8,
     "guidance_interval": None,
     "calibration": "pool",
     "calibration_num": 256,

@@ -27,6 +27,8 @@ def trust_lines(explanation: Explanation, manifest: Mapping[str, Any], spec: str
         "approximate": "Guidance plugs one estimate of the clean picture into the reweighting: the draws approximate the tilt, "
         "and how closely is not known.",
         "consistent": "The draws converge to the tilt of the discretised prior.",
+        "coupled": "The draws of a batch push each other: together they are no independent draws of the tilt.",
+        "started": "The draws set out from a given picture: they keep some of it, and are no draws of the tilt.",
     }
     lines = [
         Trust("Draws", tilt.target, labels.get(tilt.target, "")),

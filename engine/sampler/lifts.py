@@ -101,9 +101,13 @@ class Lift(Protocol):
     """A lift's push on a batch of slots, and what a guided row of it costs.
 
     moves_x0: D itself is replaced, so untilted slots run the lift too, and the move has no density for particles to weigh.
+    couples: a slot's push depends on its batch mates, so that no sample can be redrawn alone.
     """
 
     moves_x0: ClassVar[bool]
+
+    @property
+    def couples(self) -> bool: ...
 
     @property
     def nfe(self) -> int: ...
@@ -118,31 +122,48 @@ class Lift(Protocol):
 class Dps:
     """h = lam phi(drive(D(x))): the posterior stands at its mean. Its own Jensen gap is what particles correct.
 
-    Two hazards of the published code, to be had by name. clip: D is clipped to [-1, 1] in guided rows, and no gradient reaches a
-    pixel outside. batch_mean: the tilted slots of a batch share phi of their mean drive, so that each is pushed by one B-th and
-    none can be redrawn alone.
+    diversity: another target, q times exp(diversity * mean_j |D_i - D_j|), which pushes the tilted slots of a batch apart. And two
+    hazards of the published code, to be had by name. clip: D is clipped to [-1, 1] in guided rows, and no gradient reaches a
+    pixel outside. batch_mean: the tilted slots of a batch share phi of their mean drive, so that each is pushed by one B-th.
+    With diversity or batch_mean no picture can be redrawn alone.
     """
 
     clip: bool = False
     batch_mean: bool = False
+    diversity: float = 0.0
     moves_x0: ClassVar[bool] = False
     nfe: int = field(default=1, init=False)
     n_vjp: int = field(default=1, init=False)
 
+    def __post_init__(self) -> None:
+        if self.diversity < 0:
+            raise ConfigError(f"lift dps: diversity must be at least 0, got {self.diversity}")
+
+    @property
+    def couples(self) -> bool:
+        return self.batch_mean or self.diversity > 0
+
     def push(self, step: Step, slots: Slots) -> Push:
-        if self.clip:
-            mean, pullback = step.linearise(slots.x, slots.sigma)
-            x0_hat = mean.clamp(-1, 1)
-            activation, drive, grad = step.gradient(x0_hat, slots.readout)
-            grad = pullback(torch.where(x0_hat == mean, grad, 0.0))
-        else:
+        if not self.clip and not self.diversity:
             x0_hat, activation, drive, grad = step.guided(slots.x, slots.sigma, slots.alpha, slots.readout)
-        strength = slots.slope(drive)
-        if self.batch_mean:
-            tilted = slots.lam != 0
-            count = tilted.sum().clamp(min=1)
-            strength = slots.slope((torch.where(tilted, drive, 0.0).sum() / count).expand_as(drive)) / count
+            return Push(x0_hat, activation, drive, grad, self._strength(slots, drive), slots.energy(drive))
+        mean, pullback = step.linearise(slots.x, slots.sigma)
+        x0_hat = mean.clamp(-1, 1) if self.clip else mean
+        activation, drive, grad = step.gradient(x0_hat, slots.readout)
+        strength = self._strength(slots, drive)
+        if self.diversity:
+            # One pullback for both terms: what is left of the strength is 1.
+            grad = slots.spread(strength) * grad + self.diversity * _apart(x0_hat, slots)
+            strength = torch.ones_like(strength)
+        grad = pullback(torch.where(x0_hat == mean, grad, 0.0))
         return Push(x0_hat, activation, drive, grad, strength, slots.energy(drive))
+
+    def _strength(self, slots: Slots, drive: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        if not self.batch_mean:
+            return slots.slope(drive)
+        tilted = slots.lam != 0
+        count = tilted.sum().clamp(min=1)
+        return slots.slope((torch.where(tilted, drive, 0.0).sum() / count).expand_as(drive)) / count
 
 
 @dataclass(frozen=True)
@@ -150,6 +171,7 @@ class MeanOnly:
     """dps without the denoiser's Jacobian, in whose place stands alpha, a unit Gaussian's: half the cost, another target."""
 
     moves_x0: ClassVar[bool] = False
+    couples: bool = field(default=False, init=False)
     nfe: int = field(default=1, init=False)
     n_vjp: int = field(default=1, init=False)
 
@@ -165,6 +187,7 @@ class Normalized:
     """dps with each sample's gradient at unit length: no stated distribution; lam is a length that only calibration explains."""
 
     moves_x0: ClassVar[bool] = False
+    couples: bool = field(default=False, init=False)
     nfe: int = field(default=1, init=False)
     n_vjp: int = field(default=1, init=False)
 
@@ -180,6 +203,7 @@ class LgdMc:
 
     draws: float = 4
     moves_x0: ClassVar[bool] = False
+    couples: bool = field(default=False, init=False)
     nfe: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
@@ -207,6 +231,7 @@ class Covariance:
     """
 
     moves_x0: ClassVar[bool] = False
+    couples: bool = field(default=False, init=False)
     nfe: int = field(default=1, init=False)
     n_vjp: int = field(default=1, init=False)
 
@@ -235,6 +260,7 @@ class Tfg:
     n_iter: float = 4
     gamma: float = 0.1
     moves_x0: ClassVar[bool] = False
+    couples: bool = field(default=False, init=False)
     nfe: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
@@ -275,6 +301,7 @@ class Daps:
     langevin: float = 5
     pace: float = 0.5
     moves_x0: ClassVar[bool] = True
+    couples: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         _set_whole(self, "daps", "ode_steps", 1)
@@ -327,6 +354,17 @@ LIFTS: dict[str, type[Any]] = {
     "tfg": Tfg,
     "daps": Daps,
 }
+
+
+def _apart(x0: Float[Tensor, "batch ..."], slots: Slots) -> Float[Tensor, "batch ..."]:
+    """Gradient with respect to D_i of the mean over the other tilted slots of |D_i - D_j|: unit vectors away from them."""
+    tilted = slots.lam != 0
+    away = (x0[:, None] - x0[None]).flatten(2)
+    length = away.norm(dim=2, keepdim=True)
+    pairs = (tilted[:, None] & tilted[None])[..., None] & (length > 0)
+    units = torch.where(pairs, away / torch.where(pairs, length, 1.0), 0.0)
+    others = (tilted.sum() - 1).clamp(min=1)
+    return (units.sum(1) / others).reshape(x0.shape)
 
 
 def _smoothed(

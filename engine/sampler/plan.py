@@ -71,6 +71,7 @@ def make_plan(
     guidance: Literal["tilt", "constant"] = "tilt",
     recurrence: int = 1,
     travel_length: int = 1,
+    start_sigma: float | None = None,
 ) -> Plan:
     """The table of `solver` over `steps` intervals of `grid`.
 
@@ -80,7 +81,8 @@ def make_plan(
     e is 1000/steps in every row (at 1000 steps: x' = DDPM(x) + scale grad), whatever the noise; strength is then no lambda.
     recurrence, travel_length: every stretch of so many intervals is done `recurrence` times, with the forward process back up
     to its start in between, folded into the row before (length 1: Lugmayr et al. 2022's resampling and FreeDoM's recurrence;
-    longer: time travel, which is what mends structure). Raises ConfigError on anything else.
+    longer: time travel, which is what mends structure).
+    start_sigma: begin there, and leave out the grid's levels above. Raises ConfigError on anything else.
     """
     method: Solver = parse_choice(solver, SOLVERS, "solver")
     if grid is None:
@@ -97,6 +99,9 @@ def make_plan(
             f"steps and recurrence: got {steps} x {recurrence}, allowed are at most {MAX_ROWS} intervals in all"
         )
     thetas = parse_choice(grid, GRIDS, "grid").thetas(steps, levels)
+    if start_sigma is not None:
+        first = float(np.arcsin(start_sigma))
+        thetas = np.concatenate([[first], thetas[thetas < first]])
     rows = list(_with_recurrence(method, thetas, recurrence, travel_length))
     guided = [row.guided_in(guidance_interval or (0.0, 1.0)) for row in rows]
     constant = PUBLISHED_STEPS / steps if guidance == "constant" else None

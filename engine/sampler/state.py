@@ -94,7 +94,8 @@ class Sight(NamedTuple):
 class Programme:
     """What the slots refer to: the plans, the log-tilts, the lift and the networks, in the state's dtype.
 
-    particles: slots a sample. bucket: slots that a network call takes, None for all of them at once.
+    particles: slots a sample. bucket: slots that a network call takes, None for all of them at once. start: a picture x0 that
+    every slot sets out from, noised to the plan's first level; None: from noise alone.
     """
 
     plans: tuple[Plan, ...]
@@ -105,6 +106,7 @@ class Programme:
     lift: Lift = field(default_factory=Dps)
     particles: int = 1
     bucket: int | None = None
+    start: Float[Tensor, "..."] | None = None
 
     @cached_property
     def table(self) -> Float[Tensor, "plan row 11"]:
@@ -174,7 +176,7 @@ def admit(
     readout: Readout | None,
     bucket: int,
 ) -> SlotState:
-    """Fresh slots for `indices` of one seed at row 0, x ~ N(0, I), `programme.particles` of them for each index.
+    """Fresh slots for `indices` of one seed at row 0, x ~ N(0, I) or the start noised, `programme.particles` of them each.
 
     bucket: slots in all; the rest is unguided padding, which repeats the first index. readout: of the one feature asked for
     (batch 1), repeated over the slots.
@@ -189,6 +191,9 @@ def admit(
     zero = torch.zeros(bucket, dtype=programme.dtype)
     key = torch.tensor([seed_key(seed)]).expand(bucket, 2)
     x = normal(key, index, zeros, particle, stream=STREAM_START, shape=programme.shape, dtype=programme.dtype)
+    if programme.start is not None:
+        sigma, alpha = (float(programme.table[0, 0, at]) for at in (_SIGMA, _ALPHA))
+        x = alpha * programme.start + sigma * x
     return SlotState(
         x=x,
         history=torch.zeros_like(x),

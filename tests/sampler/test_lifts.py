@@ -228,3 +228,30 @@ def test_refusals(lift, words):
     with pytest.raises(ConfigError) as refusal:
         tiltscope.sample(world.prior, world.feature, num=1, lam=1.0, lift=lift, steps=3)
     assert words in str(refusal.value)
+
+
+def test_diversity_is_the_gradient_of_the_mean_distance_between_the_batchs_posterior_means():
+    """Of lam a(D_i) + g mean_j |D_i - D_j| with the others held; an untilted slot neither pushes nor is pushed."""
+    lam = torch.tensor([0.7, 0.0, 2.0], dtype=torch.float64)
+    found = moved_by(push("dps(diversity=0.7)", slots(lam=lam)))
+    mean = denoise(slots().x, SIGMA)
+
+    def h(x):
+        here = denoise(x, SIGMA)
+        apart = (here - mean[[2, 1, 0]]).norm(dim=1)
+        return torch.where(lam == 0, 0.0, lam * activation(here) + 0.7 * apart)
+
+    torch.testing.assert_close(found, gradient_of(h, slots().x)[1], rtol=1e-9, atol=1e-12)
+    assert not found[1].any()
+
+
+def test_what_couples_a_batch_says_so():
+    world = GaussianWorld(s=1.0, shape=(3, 4))
+    asked = {"num": 4, "lam": 1.0, "steps": 10, "dtype": "float64"}
+    apart = tiltscope.sample(world.prior, world.feature, lift="dps(diversity=3)", **asked)
+    plain = tiltscope.sample(world.prior, world.feature, **asked)
+    assert (apart.target, plain.target) == ("coupled", "approximate")
+    assert float(torch.pdist(apart.x0.flatten(1)).mean()) > 1.2 * float(torch.pdist(plain.x0.flatten(1)).mean())
+    assert apart.n_vjp.tolist() == plain.n_vjp.tolist()
+    with pytest.raises(ConfigError, match="diversity must be at least 0"):
+        parse_choice("dps(diversity=-1)", LIFTS, "lift")
