@@ -122,8 +122,8 @@ class Lift(Protocol):
 class Dps:
     """h = lam phi(drive(D(x))): the posterior stands at its mean. Its own Jensen gap is what particles correct.
 
-    diversity: another target, q times exp(diversity * mean_j |D_i - D_j|), which pushes the tilted slots of a batch apart. And two
-    hazards of the published code, to be had by name. clip: D is clipped to [-1, 1] in guided rows, and no gradient reaches a
+    diversity: another target, q times exp(diversity * mean_j |D_i - D_j|), which pushes the tilted slots of a batch apart. And
+    two hazards of the published code, to be had by name. clip: D is clipped to [-1, 1] in guided rows, and no gradient reaches a
     pixel outside. batch_mean: the tilted slots of a batch share phi of their mean drive, so that each is pushed by one B-th.
     With diversity or batch_mean no picture can be redrawn alone.
     """
