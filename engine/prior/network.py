@@ -121,11 +121,17 @@ class NetworkDenoiser:
     def __call__(
         self, x: Float[Tensor, "batch channel height width"], sigma: Float64[Tensor, "batch"]
     ) -> Float[Tensor, "batch channel height width"]:
-        time = time_from_sigma(sigma, self.theta_levels)
-        from_x, from_output = PREDICTIONS[self.prediction](sigma, alpha_from_sigma(sigma), self.ends)
+        time, from_x, from_output = self.coefficients(sigma)
         folded = F.pixel_unshuffle(x.to(self.dtype), self.pixel_unshuffle)
         output = F.pixel_shuffle(_call(self.network, folded, time), self.pixel_unshuffle).to(x.dtype)
         return _per_sample(from_x, x) * x + _per_sample(from_output, x) * output
+
+    def coefficients(
+        self, sigma: Float64[Tensor, "batch"]
+    ) -> tuple[Float64[Tensor, "batch"], Float64[Tensor, "batch"], Float64[Tensor, "batch"]]:
+        """(t, from_x, from_output) at these noise levels, float64."""
+        from_x, from_output = PREDICTIONS[self.prediction](sigma, alpha_from_sigma(sigma), self.ends)
+        return time_from_sigma(sigma, self.theta_levels), from_x, from_output
 
     def in_dtype(self, dtype: torch.dtype) -> "NetworkDenoiser":
         """The same denoiser, its network in dtype; self is not changed."""

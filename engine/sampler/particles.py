@@ -81,8 +81,8 @@ class Settled:
     """The groups' end: normalised weights, what each says of Z and of E_q[phi], and the slot that stands for it.
 
     chosen: one slot of each group, drawn by weight. log_z: log Z-hat, -inf where every particle failed. phi: sum_i w_i phi_i.
-    ess: 1 / sum w^2 of the last weights. lineages: how many starts the particles that weigh anything descend from: where it is
-    small the group is a few pictures, whatever its ESS.
+    ess: 1 / sum W^2 over the starts that particles descend from, W the weight of a start's descendants: resampling evens out the
+    last weights however badly a group did, but not how few starts are left. lineages: those whose descendants weigh anything.
     """
 
     weight: Float[Tensor, "group particle"]
@@ -113,12 +113,14 @@ def settle(state: SlotState, activation: Float[Tensor, "batch"], programme: Prog
     chosen = torch.searchsorted(weight.cumsum(1), u[first, None].clamp(max=1 - 1e-12))[:, 0].clamp(max=each - 1)
     counted = torch.where(weight > 0, grouped(phi).double(), 0.0)
     carries = (weight * each > 1e-3).long()
-    starts = torch.zeros(num, each, dtype=torch.int64).scatter_reduce(1, grouped(state.lineage), carries, "amax")
+    start = grouped(state.lineage)
+    starts = torch.zeros(num, each, dtype=torch.int64).scatter_reduce(1, start, carries, "amax")
+    by_start = torch.zeros_like(weight).scatter_add(1, start, weight)
     return Settled(
         weight=weight,
         log_z=grouped(state.log_z)[:, 0].double() + log_mean,
         phi=(weight * counted).sum(1),
-        ess=1 / (weight * weight).sum(1),
+        ess=1 / (by_start * by_start).sum(1),
         lineages=starts.sum(1),
         chosen=first + chosen,
         ok=alive,

@@ -4,7 +4,7 @@
     se      = sd_g(Z_g) / (sqrt(G) Z-hat)                  of log Z-hat, by the delta method; None for one group
     E_q[phi] = sum_g Z_g phi_g / sum_g Z_g                 the self-normalised estimate over all particles
     KL      = lam E_q[phi] - log Z-hat                     nats
-    ESS     = (sum_g Z_g)^2 / sum_g (Z_g^2 / ess_g)        of all particles; particles that share a start are fewer than it says
+    ESS     = (sum_g Z_g)^2 / sum_g (Z_g^2 / ess_g)        of all particles, those that share a start counted as one
 
 Numpy only: knows nothing of pictures or samplers. Source: Del Moral 2004 (unbiasedness); method section 4.
 """

@@ -1,0 +1,131 @@
+"""Decompositions of our own, where a stock one leaves an operator that an engine refuses or computes wrongly.
+
+    convolution_backward, input part     Conv of the padded, zero-inserted gradient with the flipped kernel, never ConvTranspose
+                                         (whose bf16 form does not build in TensorRT-RTX); a patch embedding is one product
+    nearest upsampling                   expand and reshape, whose derivative is a plain sum; stock: index_put with "add"
+
+Each is held to autograd in float64 by tests/export/test_decompositions.py. Knows ATen; knows no network.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from collections.abc import Generator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._decomp import core_aten_decompositions, get_decompositions
+
+aten = torch.ops.aten
+# Stock decompositions that core ATen keeps whole and engines lack.
+_OPENED = (
+    aten.native_layer_norm,
+    aten.native_layer_norm_backward,
+    aten.native_group_norm,
+    aten.native_group_norm_backward,
+    aten._softmax_backward_data,
+    aten.gelu_backward,
+    aten.silu_backward,
+    aten.tanh_backward,
+    aten.sigmoid_backward,
+    aten.threshold_backward,
+    aten.slice_backward,
+    aten.select_backward,
+    aten.embedding_dense_backward,
+)
+
+
+def table() -> dict[Any, Callable[..., Any]]:
+    """The decomposition table of a trace: core ATen's, `_OPENED`, and ours."""
+    return (
+        dict(core_aten_decompositions())
+        | dict(get_decompositions(_OPENED))
+        | {aten.convolution_backward.default: convolution_input_gradient}
+    )
+
+
+def convolution_input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    mask: Sequence[bool],
+) -> tuple[Tensor | None, None, None]:
+    """d loss / d x of a 2-d convolution, any stride, padding, dilation and groups; parameters have no gradient here.
+
+        grad_x = Conv(pad(dilate(grad, stride)), flip(weight) with inputs and outputs exchanged inside each group)
+
+    Raises NotImplementedError for a transposed convolution, or one that is not two-dimensional.
+    """
+    del bias_sizes, output_padding
+    if transposed or weight.ndim != 4:
+        raise NotImplementedError(
+            f"gradient of a {'transposed ' if transposed else ''}convolution with a weight of {weight.ndim} dimensions"
+        )
+    if mask[1] or mask[2]:
+        raise NotImplementedError("gradient of a convolution's parameters: the step graph has none")
+    if not mask[0]:
+        return None, None, None
+    n, channels, height, width = x.shape
+    outputs, _, kh, kw = weight.shape
+    if list(stride) == [kh, kw] and list(padding) == [0, 0] and groups == 1 and list(dilation) == [1, 1]:
+        return _patch_gradient(grad, weight, (n, channels, height, width)), None, None
+    flipped = weight.reshape(groups, outputs // groups, channels // groups, kh, kw).transpose(1, 2)
+    flipped = flipped.reshape(channels, outputs // groups, kh, kw).flip([2, 3])
+    spread = _insert_zeros(grad, stride)
+    edges: list[int] = []
+    for side, size, kernel in ((3, width, kw), (2, height, kh)):
+        reach = dilation[side - 2] * (kernel - 1)
+        before = reach - padding[side - 2]
+        # What a stride that does not divide leaves unread at the far end.
+        after = size - (spread.shape[side] + before - reach)
+        edges += [before, after]
+    return F.conv2d(F.pad(spread, edges), flipped, None, 1, 0, list(dilation), groups), None, None
+
+
+def _patch_gradient(grad: Tensor, weight: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Of a convolution whose patches do not overlap: one product, then the patches in their places."""
+    n, channels, height, width = shape
+    outputs, _, kh, kw = weight.shape
+    rows, columns = grad.shape[2:]
+    each = grad.permute(0, 2, 3, 1).reshape(n, rows * columns, outputs) @ weight.reshape(outputs, channels * kh * kw)
+    placed = each.reshape(n, rows, columns, channels, kh, kw).permute(0, 3, 1, 4, 2, 5)
+    placed = placed.reshape(n, channels, rows * kh, columns * kw)
+    return F.pad(placed, [0, width - columns * kw, 0, height - rows * kh])
+
+
+def _insert_zeros(grad: Tensor, stride: Sequence[int]) -> Tensor:
+    """stride - 1 zeros after every row and column but, in effect, the last: the padding's arithmetic takes them into account."""
+    n, outputs, rows, columns = grad.shape
+    if list(stride) == [1, 1]:
+        return grad
+    spread = F.pad(grad[:, :, :, None, :, None], [0, stride[1] - 1, 0, 0, 0, stride[0] - 1])
+    return spread.reshape(n, outputs, rows * stride[0], columns * stride[1])
+
+
+@contextmanager
+def plain_upsampling() -> Generator[None]:
+    """While it lasts F.interpolate by a whole factor, nearest, is expand and reshape; all else is torch's own."""
+    stock = F.interpolate
+
+    def interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", **rest: Any) -> Tensor:
+        factor = scale_factor if isinstance(scale_factor, int | float) else None
+        if mode != "nearest" or size is not None or factor is None or factor != int(factor) or input.ndim != 4:
+            return stock(input, size=size, scale_factor=scale_factor, mode=mode, **rest)
+        n, channels, height, width = input.shape
+        f = int(factor)
+        wide = input[:, :, :, None, :, None].expand(n, channels, height, f, width, f)
+        return wide.reshape(n, channels, height * f, width * f)
+
+    F.interpolate = interpolate
+    try:
+        yield
+    finally:
+        F.interpolate = stock
