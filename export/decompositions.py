@@ -2,14 +2,14 @@
 
     convolution_backward, input part     Conv of the padded, zero-inserted gradient with the flipped kernel, never ConvTranspose
                                          (whose bf16 form does not build in TensorRT-RTX); a patch embedding is one product
+    average pool, backward               that of a depthwise convolution with equal weights
     nearest upsampling                   expand and reshape, whose derivative is a plain sum; stock: index_put with "add"
 
 Each is held to autograd in float64 by tests/export/test_decompositions.py. Knows ATen; knows no network.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -41,7 +41,10 @@ def table() -> dict[Any, Callable[..., Any]]:
     return (
         dict(core_aten_decompositions())
         | dict(get_decompositions(_OPENED))
-        | {aten.convolution_backward.default: convolution_input_gradient}
+        | {
+            aten.convolution_backward.default: convolution_input_gradient,
+            aten.avg_pool2d_backward.default: average_pool_gradient,
+        }
     )
 
 
@@ -90,6 +93,29 @@ def convolution_input_gradient(
     return F.conv2d(F.pad(spread, edges), flipped, None, 1, 0, list(dilation), groups), None, None
 
 
+def average_pool_gradient(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> Tensor:
+    """d loss / d x of an average pool: that of a depthwise convolution with equal weights. Raises NotImplementedError."""
+    if ceil_mode or (not count_include_pad and any(padding)):
+        raise NotImplementedError("gradient of an average pool whose windows at the edge are smaller")
+    channels = x.shape[1]
+    weight = torch.full((channels, 1, *kernel), 1 / (divisor or kernel[0] * kernel[1]), dtype=x.dtype, device=x.device)
+    found, _, _ = convolution_input_gradient(
+        grad, x, weight, None, stride or kernel, padding, [1, 1], False, [0, 0], channels, [True, False, False]
+    )
+    if found is None:
+        raise NotImplementedError("an average pool without an input gradient")
+    return found
+
+
 def _patch_gradient(grad: Tensor, weight: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """Of a convolution whose patches do not overlap: one product, then the patches in their places."""
     n, channels, height, width = shape
@@ -115,7 +141,9 @@ def plain_upsampling() -> Generator[None]:
     """While it lasts F.interpolate by a whole factor, nearest, is expand and reshape; all else is torch's own."""
     stock = F.interpolate
 
-    def interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", **rest: Any) -> Tensor:
+    def interpolate(
+        input: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", **rest: Any
+    ) -> Tensor:
         factor = scale_factor if isinstance(scale_factor, int | float) else None
         if mode != "nearest" or size is not None or factor is None or factor != int(factor) or input.ndim != 4:
             return stock(input, size=size, scale_factor=scale_factor, mode=mode, **rest)

@@ -8,13 +8,13 @@
 
 conditioning = from_x, from_output [batch], time_embedding [batch, channels]: what the noise level decides, float64 on the host
 (engine/runtime/conditioning.py) and cast at the edge, so no graph needs float64. readout: six tensors, an input, so that one
-graph serves every feature of a hook. The batch is symbolic; weights are lifted to buffers. Refused: a backward operator left
-in the graph, a constant taken from the example. Knows torch; knows no file format.
+graph serves every feature of a hook. Order of inputs and outputs: engine/runtime/exported.py. The batch is symbolic; weights
+are lifted to buffers. Refused: a backward operator left in the graph, a constant taken from the example. Knows torch; knows no
+file format.
 """
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -33,22 +33,6 @@ from tiltscope.engine.feature.trunk import TruncatedViT
 from tiltscope.engine.prior.network import NetworkDenoiser
 from tiltscope.engine.runtime.conditioning import CONDITIONING
 from tiltscope.export.decompositions import plain_upsampling, table
-
-READOUT = tuple(f"readout_{each.name}" for each in fields(Readout))
-OUTPUTS: dict[str, tuple[str, ...]] = {
-    "unguided": ("x0_hat",),
-    "guided": ("x0_hat", "activation", "drive", "grad_a"),
-    "measure": ("activation", "drive"),
-    "gradient": ("activation", "drive", "grad_a"),
-    "pullback": ("pulled",),
-}
-INPUTS: dict[str, tuple[str, ...]] = {
-    "unguided": ("x", *CONDITIONING),
-    "guided": ("x", *CONDITIONING, *READOUT),
-    "measure": ("x", *READOUT),
-    "gradient": ("x", *READOUT),
-    "pullback": ("x", *CONDITIONING, "v"),
-}
 
 
 class _Given(nn.Module):
@@ -108,7 +92,7 @@ class StepNetworks(nn.Module):
             (grad_a,) = torch.autograd.grad(drive.sum(), x0)
         return activation.detach(), drive.detach(), grad_a
 
-    def pullback(self, x: Tensor, *rest: Tensor) -> tuple[Tensor]:
+    def pullback(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             x0_hat = self.denoise(x, *rest[:-1])
@@ -130,7 +114,7 @@ class StepGraph(nn.Module):
 
 
 def trace(networks: StepNetworks, graph: str, example: Sequence[Tensor]) -> StepGraph:
-    """The graph named `graph` (INPUTS, OUTPUTS) for any batch. example: its inputs at some batch of at least 2.
+    """The graph named `graph` for any batch. example: its inputs at some batch of at least 2.
 
     Raises ExportError where a backward operator is left or something of the example became a constant.
     """
@@ -147,13 +131,15 @@ def trace(networks: StepNetworks, graph: str, example: Sequence[Tensor]) -> Step
     run: Callable[..., Any] = getattr(networks, graph)
 
     def program(state: dict[str, Tensor], *values: Tensor) -> Any:
-        return torch.func.functional_call(_Calling(networks, run), {f"networks.{k}": v for k, v in state.items()}, values)
+        return torch.func.functional_call(
+            _Calling(networks, run), {f"networks.{k}": v for k, v in state.items()}, values
+        )
 
     # MATH is not a choice: with a fused attention kernel the forward decomposes, its backward does not.
     with sdpa_kernel(SDPBackend.MATH), plain_upsampling():
-        traced = make_fx(
-            program, tracing_mode="symbolic", decomposition_table=table(), _allow_non_fake_inputs=True
-        )(held, *inputs)
+        traced = make_fx(program, tracing_mode="symbolic", decomposition_table=table(), _allow_non_fake_inputs=True)(
+            held, *inputs
+        )
     networks.given.value = None  # no fake tensor may outlive the trace
     traced.graph.eliminate_dead_code()
     traced.recompile()
@@ -173,7 +159,9 @@ class _Calling(nn.Module):
 def _check(traced: GraphModule, graph: str) -> None:
     left = sorted({str(node.target) for node in traced.graph.nodes if "backward" in str(node.target)})
     if left:
-        raise ExportError(f"graph {graph}: {', '.join(left)} has no decomposition; its gradient would be wrong or missing")
+        raise ExportError(
+            f"graph {graph}: {', '.join(left)} has no decomposition; its gradient would be wrong or missing"
+        )
     baked = [str(node.target) for node in traced.graph.nodes if node.op == "get_attr"]
     if baked:
         raise ExportError(

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+# A batch size: symbolic while a graph is being traced.
+Size = int | torch.SymInt
 LSE_TEMPERATURE = 0.2
 # The published mix (method: 0.7 max + 0.3 mean over the central half); columns max, mean, lse.
 MIXTURES: dict[str, tuple[float, float, float]] = {
@@ -48,14 +50,14 @@ class Readout:
         return Readout(*(change(getattr(self, f.name)) for f in fields(self)))
 
     @property
-    def batch(self) -> int:
+    def batch(self) -> Size:
         return self.direction.shape[0]
 
     @property
     def num_rows(self) -> int:
         return self.direction.shape[1]
 
-    def expand(self, n: int) -> "Readout":
+    def expand(self, n: Size) -> "Readout":
         """The same feature for n samples (a view); itself where the batch is n already. ValueError for any other batch."""
         if self.batch == n:
             return self

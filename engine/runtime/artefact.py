@@ -4,7 +4,7 @@
     CACHE/<key>/selftest.safetensors    inputs of the step and the float64 reference's outputs (gate.py)
     CACHE/<key>/...                     the model, whatever the runner needs
 
-The key holds what decides whether an artefact may serve: runner, weights, hook, readout shape, dtype, versions and machine. A
+The key holds what decides whether an artefact may serve: kind, weights, hook, readout shape, dtype, versions and machine. A
 folder appears in one rename, so a killed build leaves none. CACHE is TILTSCOPE_HOME/artefacts; engines are code, so it must be
 the user's own and closed to others.
 """
@@ -28,6 +28,7 @@ from tiltscope.engine.errors import RunnerError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.files import VerifiedFolder, read_json
 from tiltscope.engine.prior.prior import Prior
+from tiltscope.engine.runtime.exported import padded_rows
 from tiltscope.engine.runtime.gate import SelfTest
 
 DESCRIPTION, SELF_TEST = "artefact.json", "selftest.safetensors"
@@ -63,16 +64,16 @@ def cache_folder(name: str = "artefacts") -> Path:
     return folder
 
 
-def artefact_key(runner: str, prior: Prior, feature: Feature, dtype: torch.dtype) -> dict[str, Any]:
+def artefact_key(kind: str, prior: Prior, feature: Feature, dtype: torch.dtype) -> dict[str, Any]:
     """What an artefact was built for; another value of any of these needs another artefact."""
     readout = feature.readout
     return {
-        "runner": runner,
+        "kind": kind,
         "prior": prior.identity,
         "shape": list(prior.shape),
         # One engine serves every feature of a hook: only the shape of the readout is built in. A custom feature is built in.
         "hook": feature.trunk.hook if feature.trunk is not None else feature.identity,
-        "readout": None if readout is None else list(readout.direction.shape[1:]),
+        "readout": None if readout is None else [padded_rows(readout.num_rows), readout.direction.shape[2]],
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("tiltscope", "torch", "diffusers", "transformers")},
         "machine": platform.machine(),

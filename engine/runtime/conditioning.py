@@ -1,7 +1,9 @@
 """What a noise level decides of a denoiser, as tensors on the host: so that an exported graph holds no float64 and no schedule.
 
-    D = from_x x + from_output network(x, time_embedding)
+D = from_x x + from_output network(x, time_embedding)
 """
+
+from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -17,4 +19,5 @@ def conditioning(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(from_x [batch], from_output [batch], time_embedding [batch, channels]) at these noise levels, in dtype."""
     time, from_x, from_output = denoiser.coefficients(sigma)
-    return from_x.to(dtype), from_output.to(dtype), denoiser.network.time_proj(time).to(dtype)
+    network: Any = denoiser.network
+    return from_x.to(dtype), from_output.to(dtype), network.time_proj(time).to(dtype)

@@ -28,6 +28,9 @@ REFERENCE = "torch"
 class Exporter(Protocol):
     """What an entry point of GROUP is: it builds an artefact's files, and loads a step from them."""
 
+    artefact: str
+    """what its files are called in the cache's key; exporters that read the same files say the same"""
+
     def build(self, prior: "Prior", feature: "Feature", dtype: "torch.dtype", folder: "Path") -> None: ...
 
     def load(self, folder: "Path", prior: "Prior", feature: "Feature", dtype: "torch.dtype") -> "Step": ...
@@ -78,7 +81,7 @@ def build_step(runner: str, prior: "Prior", feature: "Feature", dtype: "torch.dt
         return record_self_test(reference, prior.shape, feature.readout)
 
     return obtain(
-        artefact_key(runner, prior, feature, dtype),
+        artefact_key(chosen.artefact, prior, feature, dtype),
         lambda folder: chosen.build(prior, feature, dtype, folder),
         self_test,
     )

@@ -26,7 +26,7 @@ class Negated(TorchStep):
 class Mirror:
     """An exporter whose model file is a word; it counts its builds."""
 
-    name = "mirror"
+    name = artefact = "mirror"
 
     def __init__(self):
         self.builds = 0

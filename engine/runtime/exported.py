@@ -1,0 +1,116 @@
+"""A step from exported graphs: the same protocol as the reference, each method one call of a graph by name.
+
+Knows what a graph takes and returns, in which order; whether onnxruntime, OpenVINO or another engine runs it is `run`'s affair.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from tiltscope.engine.errors import RunnerError
+from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.feature.readout import Readout
+from tiltscope.engine.prior.network import NetworkDenoiser
+from tiltscope.engine.prior.prior import Prior
+from tiltscope.engine.runtime.conditioning import CONDITIONING, conditioning
+from tiltscope.engine.runtime.step import Pullback, StepOutput
+
+READOUT = tuple(f"readout_{each.name}" for each in fields(Readout))
+# What each graph takes and gives, in this order; the first of each is the batch of pictures.
+INPUTS: dict[str, tuple[str, ...]] = {
+    "unguided": ("x", *CONDITIONING),
+    "guided": ("x", *CONDITIONING, *READOUT),
+    "measure": ("x", *READOUT),
+    "gradient": ("x", *READOUT),
+    "pullback": ("x", *CONDITIONING, "v"),
+}
+OUTPUTS: dict[str, tuple[str, ...]] = {
+    "unguided": ("x0_hat",),
+    "guided": ("x0_hat", "activation", "drive", "grad_a"),
+    "measure": ("activation", "drive"),
+    "gradient": ("activation", "drive", "grad_a"),
+    "pullback": ("pulled",),
+}
+# Sums of up to so many features share a file; the rest of the rows has weight 0.
+LEAST_ROWS = 4
+
+RunGraph = Callable[[str, Sequence[Tensor]], list[Tensor]]
+
+
+def padded_rows(num_rows: int) -> int:
+    """Rows that a graph is built for: LEAST_ROWS, or the next power of two."""
+    return max(LEAST_ROWS, 1 << (num_rows - 1).bit_length())
+
+
+def readout_inputs(readout: Readout, num: int) -> list[Tensor]:
+    """The six tensors of a readout for `num` samples, padded to the rows its graph has."""
+    padded = readout.expand(num).pad(padded_rows(readout.num_rows))
+    return [getattr(padded, each.name).contiguous() for each in fields(Readout)]
+
+
+def network_parts(prior: Prior, feature: Feature, runner: str) -> tuple[NetworkDenoiser, Feature]:
+    """What an exporter can trace. Raises RunnerError for a prior or a feature that is a Python function."""
+    if prior.network is None or feature.trunk is None or feature.readout is None:
+        what = f"prior {prior.name}" if prior.network is None else f"feature {feature.name}"
+        raise RunnerError(f"runner {runner}: {what} is a Python function, which cannot be exported; use --runner torch")
+    return prior.network, feature
+
+
+@dataclass(frozen=True)
+class ExportedStep:
+    """`run(graph, inputs)` behind the step's protocol."""
+
+    name: str
+    denoiser: NetworkDenoiser
+    run: RunGraph
+
+    def unguided(
+        self, x: Float[Tensor, "batch ..."], sigma: Float64[Tensor, "batch"], alpha: Float64[Tensor, "batch"]
+    ) -> Float[Tensor, "batch ..."]:
+        return self.run("unguided", [x, *conditioning(self.denoiser, sigma, x.dtype)])[0]
+
+    def guided(
+        self,
+        x: Float[Tensor, "batch ..."],
+        sigma: Float64[Tensor, "batch"],
+        alpha: Float64[Tensor, "batch"],
+        readout: Readout | None,
+    ) -> StepOutput:
+        level = conditioning(self.denoiser, sigma, x.dtype)
+        return StepOutput(*self.run("guided", [x, *level, *self._readout(readout, x)]))
+
+    def measure(self, x0: Float[Tensor, "batch ..."], readout: Readout | None) -> tuple[Tensor, Tensor]:
+        activation, drive = self.run("measure", [x0, *self._readout(readout, x0)])
+        return activation, drive
+
+    def linearise(
+        self, x: Float[Tensor, "batch ..."], sigma: Float64[Tensor, "batch"]
+    ) -> tuple[Float[Tensor, "batch ..."], Pullback]:
+        level = conditioning(self.denoiser, sigma, x.dtype)
+        return self.run("unguided", [x, *level])[0], lambda v: self.run("pullback", [x, *level, v])[0]
+
+    def gradient(
+        self, x0: Float[Tensor, "batch ..."], readout: Readout | None
+    ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"], Float[Tensor, "batch ..."]]:
+        activation, drive, grad = self.run("gradient", [x0, *self._readout(readout, x0)])
+        return activation, drive, grad
+
+    def _readout(self, readout: Readout | None, x: Tensor) -> list[Tensor]:
+        if readout is None:
+            raise RunnerError(f"runner {self.name}: a feature without a readout cannot be exported; use --runner torch")
+        return readout_inputs(readout, len(x))
+
+
+def checked_outputs(graph: str, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """An engine's outputs, as many as the graph has. Raises RunnerError."""
+    if len(outputs) != len(OUTPUTS[graph]):
+        raise RunnerError(f"graph {graph} gave {len(outputs)} outputs, expected {', '.join(OUTPUTS[graph])}")
+    return list(outputs)
+
+
+def threads() -> int:
+    """As many as torch uses: one setting for every runner."""
+    return torch.get_num_threads()

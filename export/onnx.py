@@ -1,0 +1,154 @@
+"""ONNX files of a step's graphs: what ONNX Runtime, OpenVINO and TensorRT read.
+
+    FOLDER/<graph>.onnx       opset OPSET, batch symbolic, weights inside; metadata: hook, dtype, rows, versions
+
+Checked by onnx.checker before they are kept. Knows traced graphs and files; runs nothing.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltscope.engine.errors import ExportError, RunnerError
+from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.prior.prior import Prior
+from tiltscope.engine.runtime.conditioning import conditioning
+from tiltscope.engine.runtime.exported import (
+    INPUTS,
+    OUTPUTS,
+    ExportedStep,
+    network_parts,
+    padded_rows,
+    readout_inputs,
+)
+from tiltscope.engine.runtime.step import Step
+from tiltscope.export.trace import StepGraph, StepNetworks, trace
+
+# 20 is the exporter's own; bfloat16 convolutions need 22.
+OPSET = {torch.float32: 20, torch.float16: 20, torch.bfloat16: 22}
+MAX_BATCH = 4096
+_EXAMPLE_BATCH = 2
+
+
+def examples(prior: Prior, feature: Feature) -> dict[str, list[Tensor]]:
+    """Inputs of every graph at a batch of 2, in the feature's dtype: what a trace sees of shapes."""
+    denoiser, feature = network_parts(prior, feature, "onnx")
+    if feature.readout is None:
+        raise ExportError(f"feature {feature.name} has no readout")
+    dtype = denoiser.dtype
+    x = torch.linspace(-1, 1, _EXAMPLE_BATCH * int(torch.Size(prior.shape).numel()), dtype=dtype)
+    x = x.reshape(_EXAMPLE_BATCH, *prior.shape)
+    level = conditioning(denoiser, torch.tensor([0.4, 0.8], dtype=torch.float64), dtype)
+    readout = readout_inputs(feature.readout, _EXAMPLE_BATCH)
+    parts = {"x": [x], "conditioning": list(level), "readout": readout}
+    return {
+        "unguided": parts["x"] + parts["conditioning"],
+        "guided": parts["x"] + parts["conditioning"] + readout,
+        "measure": parts["x"] + readout,
+        "gradient": parts["x"] + readout,
+        "pullback": [*parts["x"], *parts["conditioning"], x.flip(0)],
+    }
+
+
+def write_onnx(graph: StepGraph, name: str, example: list[Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """One graph as a checked ONNX file. Raises RunnerError without onnx and onnxscript, ExportError where it is not valid."""
+    onnx = _module("onnx")
+    _module("onnxscript")
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    with _hushed():
+        program: Any = torch.onnx.export(
+            graph,
+            tuple(example),
+            dynamo=True,
+            verbose=False,
+            input_names=list(INPUTS[name]),
+            output_names=list(OUTPUTS[name]),
+            dynamic_shapes=(tuple({0: batch} for _ in example),),
+            opset_version=OPSET[example[0].dtype],
+            # Engines fold constants and fuse at load anyway; here it would take longer than all the rest.
+            optimize=False,
+        )
+    model = program.model_proto
+    for key, value in metadata.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:
+        raise ExportError(f"graph {name}: not valid ONNX ({error})") from error
+    path.write_bytes(model.SerializeToString())
+
+
+class OnnxExporter:
+    """The runner `onnx` (and, reading the same files, `openvino`)."""
+
+    artefact = "onnx"
+
+    def __init__(self, runner: str) -> None:
+        self.runner = runner
+
+    def build(self, prior: Prior, feature: Feature, dtype: torch.dtype, folder: Path) -> None:
+        """Every graph of the step into `folder`."""
+        denoiser, feature = network_parts(prior, feature, self.runner)
+        if dtype != torch.float32:
+            raise RunnerError(
+                f"runner {self.runner}: got dtype {str(dtype)[6:]}, allowed is float32; or use --runner torch"
+            )
+        if feature.trunk is None or feature.readout is None:
+            raise RunnerError(f"runner {self.runner}: feature {feature.name} has no readout")
+        for module in ("onnx", "onnxscript", {"onnx": "onnxruntime"}.get(self.runner, self.runner)):
+            _module(module, self.runner)
+        metadata = {
+            "tiltscope.hook": feature.trunk.hook,
+            "tiltscope.prior": prior.identity,
+            "tiltscope.rows": str(padded_rows(feature.readout.num_rows)),
+            "tiltscope.torch": torch.__version__,
+        }
+        networks = StepNetworks(denoiser, feature.trunk)
+        for name, example in examples(prior, feature).items():
+            write_onnx(trace(networks, name, example), name, example, folder / f"{name}.onnx", metadata)
+
+    def load(self, folder: Path, prior: Prior, feature: Feature, dtype: torch.dtype) -> Step:
+        """The step from `folder`'s files."""
+        denoiser, _ = network_parts(prior, feature, self.runner)
+        if self.runner == "openvino":
+            from tiltscope.engine.runtime.openvino_step import OpenvinoRun
+
+            return ExportedStep(self.runner, denoiser, OpenvinoRun(folder))
+        from tiltscope.engine.runtime.onnx_step import OnnxRun
+
+        return ExportedStep(self.runner, denoiser, OnnxRun(folder))
+
+
+onnx_exporter = OnnxExporter("onnx")
+openvino_exporter = OnnxExporter("openvino")
+
+
+def _module(name: str, runner: str = "onnx") -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise RunnerError(
+            f"runner {runner} needs {name}, which is not installed: pip install 'tiltscope[{runner}]'"
+        ) from error
+
+
+@contextlib.contextmanager
+def _hushed() -> Any:
+    """The exporter's advice (an absent torchvision, renamed axes) is not the user's to act on."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

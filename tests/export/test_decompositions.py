@@ -1,0 +1,132 @@
+"""Our decompositions alone, against autograd in float64: every stride, padding, dilation and grouping a trunk or a prior uses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiltscope.export.decompositions import convolution_input_gradient, plain_upsampling, table
+
+aten = torch.ops.aten
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+GAIN, OFFSET = numbers(5, seed=5), numbers(5, seed=6)
+
+
+def gradients(x, weight, stride, padding, dilation, groups):
+    """(autograd's, ours) input gradient of one convolution under a random cotangent."""
+    x = x.requires_grad_()
+    y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    grad = numbers(*y.shape, seed=2)
+    (expected,) = torch.autograd.grad(y, x, grad)
+    ours, _, _ = convolution_input_gradient(
+        grad, x.detach(), weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+    )
+    return expected, ours
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "kernel", "stride", "padding", "dilation", "groups", "size"),
+    [
+        (3, 5, (3, 3), (1, 1), (1, 1), (1, 1), 1, (8, 9)),  # a U-Net's
+        (4, 6, (3, 3), (2, 2), (1, 1), (1, 1), 1, (8, 8)),  # its downsampling
+        (4, 6, (3, 3), (2, 2), (0, 0), (1, 1), 1, (9, 7)),
+        (4, 6, (3, 3), (2, 2), (1, 1), (1, 1), 1, (9, 10)),  # a stride that does not divide
+        (3, 8, (4, 4), (4, 4), (0, 0), (1, 1), 1, (12, 16)),  # a patch embedding
+        (3, 8, (4, 4), (4, 4), (0, 0), (1, 1), 1, (14, 17)),  # one with pixels left over
+        (6, 6, (7, 7), (1, 1), (3, 3), (1, 1), 6, (10, 10)),  # ConvNeXt's depthwise
+        (8, 12, (3, 3), (1, 1), (1, 1), (1, 1), 4, (6, 6)),  # grouped
+        (8, 12, (2, 2), (2, 2), (0, 0), (1, 1), 4, (6, 6)),  # grouped patches
+        (4, 5, (3, 3), (1, 1), (2, 2), (2, 2), 1, (9, 9)),  # dilated
+        (4, 5, (1, 1), (1, 1), (0, 0), (1, 1), 1, (5, 5)),
+        (4, 5, (7, 7), (1, 1), (3, 3), (1, 1), 1, (8, 8)),  # the published convolutional SAE
+        (4, 6, (3, 1), (2, 1), (1, 0), (1, 1), 2, (7, 5)),
+    ],
+)
+def test_a_convolutions_input_gradient(inputs, outputs, kernel, stride, padding, dilation, groups, size):
+    x, weight = numbers(2, inputs, *size), numbers(outputs, inputs // groups, *kernel, seed=1)
+    expected, ours = gradients(x, weight, list(stride), list(padding), list(dilation), groups)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.integers(1, 2), st.integers(0, 5), st.integers(0, 5))
+@settings(max_examples=60)
+def test_any_convolution(kernel, stride, padding, dilation, more_rows, more_columns):
+    size = dilation * (kernel - 1) + 1
+    x = numbers(1, 4, size + more_rows, size + more_columns)
+    pads = [min(padding, dilation * (kernel - 1))] * 2
+    expected, ours = gradients(x, numbers(6, 2, kernel, kernel, seed=1), [stride] * 2, pads, [dilation] * 2, 2)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_has_no_gradient_here_says_so():
+    x, weight = numbers(1, 2, 4, 4), numbers(2, 2, 3, 3)
+    rest = ([1, 1], [1, 1], [1, 1])
+    with pytest.raises(NotImplementedError, match="transposed"):
+        convolution_input_gradient(x, x, weight, None, *rest, True, [0, 0], 1, [True, False, False])
+    with pytest.raises(NotImplementedError, match="parameters"):
+        convolution_input_gradient(x, x, weight, None, *rest, False, [0, 0], 1, [True, True, False])
+    assert convolution_input_gradient(x, x, weight, None, *rest, False, [0, 0], 1, [False] * 3) == (None, None, None)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 2.0])
+def test_upsampling_is_the_same_function_with_the_same_gradient(factor):
+    x = numbers(2, 3, 4, 5).requires_grad_()
+    stock = F.interpolate
+    expected = F.interpolate(x, scale_factor=factor, mode="nearest")
+    with plain_upsampling():
+        found = F.interpolate(x, scale_factor=factor, mode="nearest")
+        smooth = F.interpolate(x, scale_factor=2, mode="bilinear")
+    assert F.interpolate is stock
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(smooth, F.interpolate(x, scale_factor=2, mode="bilinear"))
+    cotangent = numbers(*found.shape, seed=3)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, cotangent)[0] for y in (found, expected)))
+
+
+def test_the_upsampling_is_put_back_after_an_error():
+    stock = F.interpolate
+    with pytest.raises(ZeroDivisionError), plain_upsampling():
+        _ = 1 / 0
+    assert F.interpolate is stock
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "shape"),
+    [
+        ("group norm", lambda x: F.group_norm(x, 2, GAIN[:4], OFFSET[:4]), (2, 4, 3, 3)),
+        ("layer norm", lambda x: F.layer_norm(x, (5,), GAIN, OFFSET), (2, 3, 5)),
+        ("softmax", lambda x: torch.softmax(x, -1), (2, 3, 5)),
+        ("gelu", F.gelu, (2, 7)),
+        ("tanh gelu", lambda x: F.gelu(x, approximate="tanh"), (2, 7)),
+        ("silu", F.silu, (2, 7)),
+        ("max over tokens", lambda x: x.amax(-1), (2, 3, 6)),
+        ("average pool", lambda x: F.avg_pool2d(x, 2), (2, 3, 6, 6)),
+        ("overlapping average pool", lambda x: F.avg_pool2d(x, 3, 2, 1), (2, 3, 7, 6)),
+        ("slices", lambda x: torch.cat((-x[..., 3:], x[..., :3]), -1), (2, 6)),
+        ("jump relu", lambda x: torch.where(x > 0.3, x, torch.zeros_like(x)), (2, 9)),
+        ("rms norm", lambda x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6), (2, 9)),
+    ],
+)
+def test_the_table_leaves_no_backward_operator_and_the_gradient_is_autograds(name, function, shape):
+    """Each operation of the networks alone, traced as the step is."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def value_and_grad(x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = function(x)
+            (grad,) = torch.autograd.grad((y * y.detach().cos()).sum(), x)
+        return y.detach(), grad
+
+    x = numbers(*shape)
+    traced = make_fx(value_and_grad, decomposition_table=table(), tracing_mode="real")(x)
+    assert not [node.target for node in traced.graph.nodes if "backward" in str(node.target)]
+    other = numbers(*shape, seed=9)
+    for found, expected in zip(traced(other), value_and_grad(other), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

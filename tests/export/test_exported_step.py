@@ -1,0 +1,274 @@
+"""The step's graphs, traced, in ONNX Runtime and OpenVINO, against eager autograd: other batches, readouts, noise levels."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import nn
+
+import tiltscope
+from tiltscope.engine.cli.main import run
+from tiltscope.engine.errors import BundleError, ExportError, ParityError, RunnerError
+from tiltscope.engine.feature.readout import Readout
+from tiltscope.engine.runtime.artefact import cache_folder
+from tiltscope.engine.runtime.exported import INPUTS, OUTPUTS, ExportedStep
+from tiltscope.engine.runtime.gate import check_step, record_self_test
+from tiltscope.engine.runtime.onnx_step import OnnxRun
+from tiltscope.engine.runtime.openvino_step import OpenvinoRun
+from tiltscope.engine.runtime.runners import build_step
+from tiltscope.engine.runtime.step import TorchStep
+from tiltscope.export.onnx import examples
+from tiltscope.export.trace import StepNetworks, trace
+
+FEATURES = ("blocks.1:sae:3", "blocks.1:sae:5@max", "blocks.1:neuron:2@mean")
+# Of an output's largest value. float32 through a few dozen layers and back; a wrong graph is off by 1e-2 and more.
+WITHIN = 1e-5
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle):
+    return tiltscope.load(str(tiny_bundle))
+
+
+@pytest.fixture(scope="module")
+def feature(bundle):
+    return bundle.feature(FEATURES[0])
+
+
+@pytest.fixture(scope="module")
+def built(bundle, feature, tmp_path_factory):
+    """A cache that holds the one artefact, built as a user's first run would."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TILTSCOPE_HOME", str(home))
+        build_step("onnx", bundle.prior, feature, torch.float32)
+    return home
+
+
+@pytest.fixture(scope="module")
+def folder(built):
+    (found,) = (built / "artefacts").iterdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def traced(bundle, feature):
+    networks = StepNetworks(bundle.prior.network, feature.trunk)
+    graphs = {name: trace(networks, name, example) for name, example in examples(bundle.prior, feature).items()}
+
+    def call(graph, inputs):
+        return list(graphs[graph](*inputs))
+
+    return call
+
+
+@pytest.fixture(params=["traced graph", "onnxruntime", "openvino"])
+def step(request, bundle, folder):
+    if request.param == "traced graph":
+        return ExportedStep("traced", bundle.prior.network, request.getfixturevalue("traced"))
+    kind = OnnxRun if request.param == "onnxruntime" else OpenvinoRun
+    return ExportedStep(request.param, bundle.prior.network, kind(folder))
+
+
+def inputs(num, seed=0):
+    x = torch.randn(num, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    sigma = torch.linspace(0.05, 0.995, num, dtype=torch.float64) if num > 1 else torch.tensor([0.6]).double()
+    return x, sigma, torch.sqrt(1 - sigma**2)
+
+
+def close(found, expected):
+    for each, wanted in zip(found, expected, strict=True):
+        assert type(wanted) is torch.Tensor  # nothing of a trace leaked into the reference
+        torch.testing.assert_close(each, wanted, rtol=0, atol=WITHIN * float(wanted.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("num", [1, 3, 8])
+def test_every_graph_is_the_reference_at_other_batches_levels_and_readouts(step, bundle, num):
+    x, sigma, alpha = inputs(num)
+    readout = Readout.stack(
+        [bundle.feature(FEATURES[at % 3]).readout for at in range(num - 1)]
+        + [(bundle.feature(FEATURES[0]) * 2.0 - bundle.feature(FEATURES[2])).readout]
+    )
+    reference = TorchStep(bundle.prior, bundle.feature(FEATURES[0]))
+    close(step.guided(x, sigma, alpha, readout), reference.guided(x, sigma, alpha, readout))
+    close([step.unguided(x, sigma, alpha)], [reference.unguided(x, sigma, alpha)])
+    close(step.measure(x, readout), reference.measure(x, readout))
+    close(step.gradient(x, readout), reference.gradient(x, readout))
+    (mean, pull), (expected_mean, expected_pull) = (each.linearise(x, sigma) for each in (step, reference))
+    close([mean, pull(x.flip(0))], [expected_mean, expected_pull(x.flip(0))])
+
+
+def test_batch_mates_change_no_bit(step, bundle, feature):
+    """In one batch shape, as the engine runs it."""
+    x, sigma, alpha = inputs(4)
+    other = x.clone()
+    other[[0, 2, 3]] = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(7))
+    readout = feature.readout.expand(4)
+    for one, two in zip(step.guided(x, sigma, alpha, readout), step.guided(other, sigma, alpha, readout), strict=True):
+        assert torch.equal(one[1], two[1])
+
+
+def test_a_file_names_its_inputs_and_says_what_it_is_of(folder, feature):
+    onnx = pytest.importorskip("onnx")
+    for name in INPUTS:
+        model = onnx.load(folder / f"{name}.onnx")
+        onnx.checker.check_model(model, full_check=True)
+        assert [each.name for each in model.graph.input] == list(INPUTS[name])
+        assert [each.name for each in model.graph.output] == list(OUTPUTS[name])
+        assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # any batch
+        facts = {each.key: each.value for each in model.metadata_props}
+        assert facts["tiltscope.hook"] == feature.trunk.hook
+        assert not [node.op_type for node in model.graph.node if node.op_type == "ConvTranspose"]
+
+
+# What must be caught.
+
+
+class Cached(nn.Module):
+    """A network that keeps a tensor of its first input: transformers' patch coordinates do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.time_proj, self.kept = inner, inner.time_proj, None
+
+    def forward(self, x, t, return_dict=False):
+        self.inner.time_proj = self.time_proj
+        if self.kept is None:
+            self.kept = torch.linspace(0, 1, x.shape[1] * 256).reshape(1, x.shape[1], 16, 16)
+        return (self.inner(x + self.kept, t, return_dict=False)[0],)
+
+
+def test_a_constant_of_the_example_is_refused(bundle, feature):
+    networks = StepNetworks(bundle.prior.network, feature.trunk)
+    networks.network = Cached(networks.network)
+    networks.network.kept = torch.zeros(1, 48, 16, 16)  # made before the trace, so it is nobody's weight
+    with pytest.raises(ExportError, match="constants were taken from the example"):
+        trace(networks, "unguided", examples(bundle.prior, feature)["unguided"])
+
+
+def test_attention_traced_without_the_math_backend_is_refused(bundle, feature, monkeypatch):
+    from contextlib import nullcontext
+
+    import tiltscope.export.trace as module
+
+    monkeypatch.setattr(module, "sdpa_kernel", lambda backend: nullcontext())
+    networks = StepNetworks(bundle.prior.network, feature.trunk)
+    with pytest.raises(ExportError, match=r"flash_attention.*backward.* has no decomposition"):
+        trace(networks, "guided", examples(bundle.prior, feature)["guided"])
+
+
+def test_a_swapped_axis_in_a_decomposition_fails_the_gate(bundle, feature, monkeypatch):
+    from tiltscope.export import decompositions
+
+    right = decompositions._patch_gradient
+    monkeypatch.setattr(decompositions, "_patch_gradient", lambda *given: right(*given).transpose(2, 3))
+    networks = StepNetworks(bundle.prior.network, feature.trunk)
+    graph = trace(networks, "guided", examples(bundle.prior, feature)["guided"])
+    wrong = ExportedStep("wrong", bundle.prior.network, lambda name, given: list(graph(*given)))
+    reference = TorchStep(bundle.prior.to(torch.float64), feature.to(torch.float64))
+    with pytest.raises(ParityError, match="grad_a"):
+        check_step(wrong, record_self_test(reference, bundle.prior.shape, feature.readout), torch.float32)
+
+
+# As a user meets it.
+
+
+@pytest.fixture
+def home(built, tmp_path, monkeypatch):
+    """A copy of that cache, to be changed."""
+    shutil.copytree(built, tmp_path / "home")
+    monkeypatch.setenv("TILTSCOPE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def empty_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TILTSCOPE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("runner", ["onnx", "openvino"])
+def test_the_pictures_are_torchs_and_the_manifest_says_which_runner_ran(bundle, runner, home):
+    asked = {"num": 3, "lam": 2.0, "steps": 6}
+    plain = tiltscope.sample(bundle.prior, bundle.feature(FEATURES[0]), **asked)
+    found = tiltscope.sample(bundle.prior, bundle.feature(FEATURES[0]), runner=runner, **asked)
+    assert found.manifest["runner"] == runner
+    assert float((found.x0 - plain.x0).pow(2).mean().sqrt()) < 1e-4
+    # Another feature of the hook, and a sum of two: the same files.
+    kept = [path.stat().st_mtime_ns for path in cache_folder().glob("*/guided.onnx")]
+    for other in (bundle.feature(FEATURES[1]), bundle.feature(FEATURES[0]) - bundle.feature(FEATURES[1])):
+        tiltscope.sample(bundle.prior, other, runner=runner, num=1, lam=1.0, steps=2)
+    assert [path.stat().st_mtime_ns for path in cache_folder().glob("*/guided.onnx")] == kept
+    assert len(kept) == 1
+
+
+def test_a_truncated_file_and_a_stale_one_are_refused(bundle, home):
+    asked = {"num": 1, "lam": 1.0, "steps": 2, "runner": "onnx"}
+    tiltscope.sample(bundle.prior, bundle.feature(FEATURES[0]), **asked)
+    (path,) = cache_folder().glob("*/guided.onnx")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BundleError, match=r"guided\.onnx"):
+        tiltscope.sample(bundle.prior, bundle.feature(FEATURES[0]), **asked)
+    path.write_bytes(whole)
+    # Another version's: its description does not have this version's key.
+    description = path.parent / "artefact.json"
+    facts = json.loads(description.read_text())
+    facts["key"]["versions"]["torch"] = "0.0"
+    description.write_text(json.dumps(facts))
+    with pytest.raises(RunnerError, match="built for something else"):
+        tiltscope.sample(bundle.prior, bundle.feature(FEATURES[0]), **asked)
+
+
+def test_what_cannot_be_exported_says_so(bundle, empty_home):
+    custom = tiltscope.Feature(lambda x0: x0.mean((1, 2, 3)), name="brightness")
+    with pytest.raises(RunnerError, match=r"brightness is a Python function.*--runner torch"):
+        tiltscope.sample(bundle.prior, custom, num=1, lam=1.0, steps=2, runner="onnx")
+    with pytest.raises(RunnerError, match="got dtype float64, allowed is float32"):
+        tiltscope.sample(
+            bundle.prior, bundle.feature(FEATURES[0]), num=1, lam=1.0, steps=2, runner="onnx", dtype="float64"
+        )
+
+
+def test_a_missing_extra_is_named_and_exits_with_2(tiny_bundle, empty_home, tmp_path, monkeypatch, capsys):
+    for name in ("onnxruntime", "onnx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    words = ["sample", FEATURES[0], "--lam", "1", "--num", "1", "--steps", "2", "--runner", "onnx"]
+    assert run([*words, "--bundle", str(tiny_bundle), "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    assert "pip install 'tiltscope[onnx]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_provider_than_the_one_asked_for_is_an_error(folder, monkeypatch):
+    import tiltscope.engine.runtime.onnx_step as module
+
+    monkeypatch.setattr(module, "PROVIDER", "CUDAExecutionProvider")
+    with pytest.raises(RunnerError, match="asked for CUDAExecutionProvider, got CPUExecutionProvider"):
+        module.open_session(folder / "measure.onnx")
+
+
+def test_ten_processes_at_once_leave_one_whole_artefact(empty_home):
+    """A stub that takes a while to build: none sees a half, one is kept. Built twice at most costs time, never a wrong file."""
+    script = (
+        "import sys, time, torch\n"
+        "from pathlib import Path\n"
+        "from tiltscope.engine.runtime.artefact import obtain\n"
+        "class Stub:\n"
+        "    def save(self, path): path.write_bytes(b'test')\n"
+        "def build(folder):\n"
+        "    for at in range(5):\n"
+        "        (folder / f'{at}.bin').write_bytes(b'x' * 1000); time.sleep(0.05)\n"
+        "found = obtain({'runner': 'stub'}, build, Stub)\n"
+        "print(len(list(found.folder.iterdir())))\n"
+    )
+    at_once = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(10)]
+    assert [process.communicate()[0].strip() for process in at_once] == ["7"] * 10
+    assert len(list((empty_home / "artefacts").iterdir())) == 1
+
+
+def test_readouts_are_inputs_in_the_order_of_the_record():
+    assert INPUTS["guided"][-6:] == tuple(f"readout_{each.name}" for each in fields(Readout))
