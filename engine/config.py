@@ -93,7 +93,7 @@ class SampleConfig:
     beyond_pool: bool = False
     """allow targets that natural pictures cannot carry; needs --calibration sampler"""
     runner: str = "torch"
-    """torch"""
+    """torch | onnx | openvino (built on first use)"""
     dtype: str = "float32"
     """float32 | float64"""
 
