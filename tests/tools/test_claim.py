@@ -1,29 +1,18 @@
-"""Lambda is found from draws alone, in few of them; the table says what was lost."""
+"""Which features the claim is tried on, and that its table says what was lost."""
 
-import numpy as np
-import pytest
-from claim import MAX_DRAWS, raise_lambda, table
+from types import SimpleNamespace
 
-
-@pytest.mark.parametrize("start", [0.05, 1.0, 30.0])
-@pytest.mark.parametrize("target", [0.3, 0.8])
-def test_lambda_is_found_where_the_mean_grows_with_it(start: float, target: float) -> None:
-    draws: list[float] = []
-
-    def mean_at(lam: float) -> float:
-        draws.append(lam)
-        return lam / (1 + lam)
-
-    lam = raise_lambda(mean_at, lam=start, target=target)
-    assert lam / (1 + lam) == pytest.approx(target, rel=0.05)
-    assert len(draws) <= MAX_DRAWS
+from claim import chosen_features, table
 
 
-def test_out_of_reach_the_nearest_is_kept() -> None:
-    peak = lambda lam: 0.5 * np.exp(-(np.log(lam / 3) ** 2))  # noqa: E731  past 3 the pictures fall apart
-    lam = raise_lambda(peak, lam=1.0, target=2.0)
-    assert lam in (1.0, 4.0)
-    assert peak(lam) >= peak(1.0)
+def test_features_are_chosen_by_rank_alone() -> None:
+    infos = [
+        SimpleNamespace(feature=f"blocks.5:sae:{at}", alive=at % 7 != 0, selectivity=float(at % 50), name=None)
+        for at in range(400)
+    ]
+    chosen = chosen_features(SimpleNamespace(features=lambda: infos))  # type: ignore[arg-type]
+    ranked = sorted((f for f in infos if f.alive), key=lambda f: (-f.selectivity, f.feature))
+    assert chosen == [f.feature for f in ranked[:200:20]]
 
 
 def test_what_was_lost_is_said() -> None:
