@@ -1,8 +1,8 @@
 """The paper's claim on a bundle: at one mean activation, is the tilt more natural than activation maximisation?
 
-The features are fixed by rule before anything is looked at: every 20th of the selectivity ranking. Each is explained as a user would,
-at the default target (the largest mean that 10 effective natural pictures carry), lambda calibrated on the sampler itself. The
-rivals are then held to what the tilt reached.
+The features are fixed by rule before anything is looked at: every 20th of the selectivity ranking. Each is explained as a user
+would, at the default target (the largest mean that 10 effective natural pictures carry), lambda calibrated on the sampler itself.
+The rivals are then held to what the tilt reached.
 """
 
 from __future__ import annotations
