@@ -6,13 +6,14 @@ and batch size. It is kept under TILTSCOPE_HOME/calibrations by the hash of ever
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import CalibrationError
 from tiltscope.engine.report.atomic import write_bytes
 from tiltscope.engine.runtime.artefact import cache_folder
@@ -74,7 +75,10 @@ def _sampler(run: Run) -> Draw:
 
 def calibration_key(run: Run, target: float) -> str:
     """64 hex digits over what decides the lambda: prior, feature, target and every setting of the sampler."""
-    settings = {name: value for name, value in run.config.decisive().items() if name not in _FREE}
+    # At their defaults settings are left out: a new one changes no lambda that was found before it.
+    usual = {each.name: each.default for each in fields(SampleConfig)}
+    asked = run.config.decisive()
+    settings = {name: value for name, value in asked.items() if name not in _FREE and value != usual[name]}
     parts = [version("tiltscope"), run.prior.identity, run.feature.identity, float(f"{target:.9g}"), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

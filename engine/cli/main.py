@@ -24,6 +24,7 @@ COMMANDS = {
     "features": "what can be explained; --search WORD finds features by name",
     "compare": "every method at matched activation: table, and activation against naturalness over lambda",
     "calibrate": "the lambda that reaches a wanted mean activation, from natural pictures alone",
+    "export": "build what a runner needs ahead, and prove that its step is the reference's",
     "doctor": "what this machine can run, what is missing, which extra installs it",
 }
 
@@ -98,7 +99,7 @@ def _overview() -> str:
     return (
         "tiltscope: what a feature of a vision model means, as a distribution of images\n\n"
         f"usage: tiltscope COMMAND ...\n\n{commands}\n\n"
-        "FEATURE is HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:87\n"
+        "FEATURE is HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:74\n"
         "tiltscope COMMAND --help lists a command's flags; tiltscope --version tells the version"
     )
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from platformdirs import user_cache_path
 
-from tiltscope.engine.errors import RunnerError
+from tiltscope.engine.errors import BundleError, RunnerError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.files import VerifiedFolder, read_json
 from tiltscope.engine.prior.prior import Prior
@@ -75,9 +75,29 @@ def artefact_key(kind: str, prior: Prior, feature: Feature, dtype: torch.dtype) 
         "hook": feature.trunk.hook if feature.trunk is not None else feature.identity,
         "readout": None if readout is None else [padded_rows(readout.num_rows), readout.direction.shape[2]],
         "dtype": str(dtype).removeprefix("torch."),
-        "versions": {name: version(name) for name in ("tiltscope", "torch", "diffusers", "transformers")},
+        "versions": _versions(),
         "machine": platform.machine(),
     }
+
+
+def cached() -> list[tuple[Path, dict[str, Any] | None]]:
+    """Every artefact's folder in the cache and its key, None where the folder does not say."""
+    found: list[tuple[Path, dict[str, Any] | None]] = []
+    for folder in sorted(each for each in cache_folder().iterdir() if each.is_dir() and not each.name.startswith(".")):
+        try:
+            found.append((folder, read_json(folder / DESCRIPTION).get("key")))
+        except BundleError:
+            found.append((folder, None))
+    return found
+
+
+def made_by_this_version(key: dict[str, Any] | None) -> bool:
+    """Whether a run of this installation could ask for it."""
+    return key is not None and key.get("versions") == _versions() and key.get("machine") == platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("tiltscope", "torch", "diffusers", "transformers")}
 
 
 def obtain(key: dict[str, Any], build: Callable[[Path], None], self_test: Callable[[], SelfTest]) -> Artefact:

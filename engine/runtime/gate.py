@@ -64,7 +64,7 @@ def relative_errors(step: Step, test: SelfTest, dtype: torch.dtype) -> dict[str,
     """Largest error of each output, relative to the largest expected value of that output in the same sample's batch."""
     readout = None if test.readout is None else test.readout.to(dtype)
     got = step.guided(test.x.to(dtype), test.sigma, _alpha(test.sigma), readout)
-    return {name: _relative_error(getattr(got, name), getattr(test.expected, name)) for name in StepOutput._fields}
+    return {name: relative_error(getattr(got, name), getattr(test.expected, name)) for name in StepOutput._fields}
 
 
 def check_step(step: Step, test: SelfTest, dtype: torch.dtype) -> dict[str, float]:
@@ -84,7 +84,7 @@ def _alpha(sigma: Float64[Tensor, "batch"]) -> Float64[Tensor, "batch"]:
     return torch.sqrt((1 - sigma) * (1 + sigma))
 
 
-def _relative_error(got: Float[Tensor, "..."], expected: Float64[Tensor, "..."]) -> float:
+def relative_error(got: Float[Tensor, "..."], expected: Float64[Tensor, "..."]) -> float:
     # Where the feature is silent everywhere the expected value is 0: the error is then absolute.
     scale = expected.abs().max().clamp(min=1e-12) if bool(expected.any()) else torch.ones(())
     return float((got.double() - expected).abs().max() / scale)

@@ -16,9 +16,10 @@ from tiltscope.engine.errors import BundleError, ExportError, ParityError, Runne
 from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.runtime.artefact import cache_folder
 from tiltscope.engine.runtime.exported import INPUTS, OUTPUTS, ExportedStep
-from tiltscope.engine.runtime.gate import check_step, record_self_test
+from tiltscope.engine.runtime.gate import LEVELS, check_step, record_self_test
 from tiltscope.engine.runtime.onnx_step import OnnxRun
 from tiltscope.engine.runtime.openvino_step import OpenvinoRun
+from tiltscope.engine.runtime.parity import check, measure
 from tiltscope.engine.runtime.runners import build_step
 from tiltscope.engine.runtime.step import TorchStep
 from tiltscope.export.onnx import examples
@@ -272,3 +273,64 @@ def test_ten_processes_at_once_leave_one_whole_artefact(empty_home):
 
 def test_readouts_are_inputs_in_the_order_of_the_record():
     assert INPUTS["guided"][-6:] == tuple(f"readout_{each.name}" for each in fields(Readout))
+
+
+def test_the_whole_gate_passes_level_by_level(bundle, feature, folder):
+    step = ExportedStep("onnx", bundle.prior.network, OnnxRun(folder))
+    rows = measure(step, bundle.prior, feature, dtype=torch.float32, batches=(1, 5))
+    assert {(row.sigma, row.batch, row.readout) for row in rows} == {
+        (sigma, batch, readout) for sigma in LEVELS for batch in (1, 5) for readout in (0, 1)
+    }
+    check(rows, torch.float32, "onnx")
+    assert max(row.grad_a for row in rows) < WITHIN
+
+
+def test_the_whole_gate_names_the_place_where_a_step_is_wrong(bundle, feature):
+    class Wrong(TorchStep):
+        """Right but for the gradient of large batches at high noise."""
+
+        def guided(self, x, sigma, alpha, readout):
+            out = super().guided(x, sigma, alpha, readout)
+            wrong = len(x) > 2 and float(sigma[0]) > 0.9
+            return out._replace(grad_a=out.grad_a.flip(-1)) if wrong else out
+
+    rows = measure(Wrong(bundle.prior, feature), bundle.prior, feature, dtype=torch.float32, batches=(1, 3))
+    with pytest.raises(ParityError, match=r"grad_a is off .* batch 3 .*use --runner torch"):
+        check(rows, torch.float32, "wrong")
+
+
+def test_export_on_the_command_line(tiny_bundle, home, capsys):
+    asked = ["export", "--bundle", str(tiny_bundle), "--batch", "1,2", "--quiet"]
+    assert run(asked) == 0
+    told = capsys.readouterr().out
+    assert "1 - cosine" in told
+    assert "onnx serves every feature of blocks.1" in told
+    assert run([*asked, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert len(facts["parity"]) == len(LEVELS) * 2 * 2
+    # Another version's artefact is listed, and pruned.
+    (folder,) = cache_folder().iterdir()
+    other = shutil.copytree(folder, folder.parent / ("f" * 64))
+    description = json.loads((other / "artefact.json").read_text())
+    description["key"]["versions"]["tiltscope"] = "0.0"
+    (other / "artefact.json").write_text(json.dumps(description))
+    assert run(["export", "--list", "--json", "--quiet"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["artefacts"]) == 2
+    assert run(["export", "--prune", "--quiet"]) == 0
+    assert "1 artefacts, 1 removed" in capsys.readouterr().out
+    assert [each.name for each in cache_folder().iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--runner", "torch"), "torch is the reference"),
+        (("--runner", "magic"), "runner: got 'magic'"),
+        (("--batch", "0"), "batch: got 0"),
+        (("--dtype", "int8"), "dtype: got 'int8'"),
+        (("--hook", "blocks.99"), "hook"),
+    ],
+)
+def test_what_export_refuses(words, message, tiny_bundle, empty_home, capsys):
+    assert run(["export", "--bundle", str(tiny_bundle), "--quiet", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from tiltscope.engine.compare import Comparison, Method, Point
+from tiltscope.engine.config import CompareConfig
+from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.samples import Explanation
 
 pytestmark = pytest.mark.browser
@@ -98,6 +101,62 @@ def saved(explain_by_hand: Callable[..., Explanation], tmp_path: Path) -> Path:
         manifest=made.manifest | {"bundle": made.manifest["bundle"] | {"name": long, "identity": f"sha256:{'9' * 64}"}},
     )
     return made.save(tmp_path / "out") / "index.html"
+
+
+@pytest.fixture
+def compared(explain_by_hand: Callable[..., Explanation], tmp_path: Path) -> Path:
+    """A comparison's page: a sampler, one that did not come to the target, and the rivals."""
+    made = explain_by_hand()
+    methods = [
+        Method(
+            name="dps, ddpm, 50 steps" if name == "tilt" else name,
+            kind="sampler" if name == "tilt" else "rival",
+            lam=1.5 if name == "tilt" else None,
+            matched=name != "topk",
+            metrics=dict(made.metrics[name]),
+            kl_source="integration",
+            excess_kl_kind="lower bound" if name == "tilt" else "exact",
+            samples=answer,
+        )
+        for name, answer in made.answers.items()
+    ]
+    missed = Method(
+        name="none, dpmpp_2m(guided_history=True), 25 steps", kind="sampler", lam=None, matched=False, metrics={}, kl_source=None,
+        excess_kl_kind=None, samples=None, note="target 1.98 was not reached; the nearest mean reached is 0.76 +- 0.27",
+    )  # fmt: skip
+    curves = tuple(
+        Point(
+            method="dps, ddpm, 50 steps",
+            lam=lam,
+            activation=lam,
+            activation_se=0.1,
+            naturalness=-lam,
+            naturalness_se=0.2,
+            num=8,
+        )
+        for lam in (0.0, 0.75, 1.5, 3.0)
+    )
+    manifest = made.manifest | {"command": "compare", "config": CompareConfig().to_json()}
+    comparison = Comparison(
+        feature=made.feature, feature_name="a clock", target=1.98, target_quantile=0.97, methods=(*methods, missed),
+        curves=curves, manifest=complete(manifest | {"identity": "a" * 64}),
+    )  # fmt: skip
+    return comparison.save(tmp_path / "compared") / "index.html"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", [320, PHONE, 768, WIDE])
+def test_a_comparison_fits_is_readable_and_fetches_nothing(
+    opened: Callable[..., Any], compared: Path, width: int, scheme: str
+) -> None:
+    page = opened(compared, width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.complaints == []
+    assert [each for each in page.requests if not each.startswith(("file:", "data:"))] == []
+    faint = [each for each in page.evaluate(CONTRAST) if each["contrast"] < 4.5]
+    assert faint == []
+    assert page.locator("table tbody tr").count() == 5
+    assert page.locator("text=Not at the target").is_visible()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -1,0 +1,100 @@
+"""The whole gate, run by `tiltscope export`: a step against the float64 reference, level by level and batch by batch.
+
+The short self-test of every load (gate.py) is one batch of this. Knows steps; knows no engine.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tiltscope.engine.errors import ParityError
+from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.feature.readout import Readout
+from tiltscope.engine.prior.prior import Prior
+from tiltscope.engine.runtime.gate import LEVELS, TOLERANCE, relative_error
+from tiltscope.engine.runtime.step import Step, StepOutput, TorchStep
+from tiltscope.engine.sampler.noise import normal
+
+# Between directions of the gradient: float32 rounding leaves 1 - 1e-9, a lost layer or a wrong axis 0.99 and less.
+LEAST_COSINE = {torch.float32: 1 - 1e-6, torch.float64: 1 - 1e-12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """At one noise level, batch size and readout: each output's largest error relative to its largest value; cosine of grad_a."""
+
+    sigma: float
+    batch: int
+    readout: int
+    x0_hat: float
+    activation: float
+    drive: float
+    grad_a: float
+    cosine: float
+
+
+def measure(
+    step: Step,
+    prior: Prior,
+    feature: Feature,
+    *,
+    dtype: torch.dtype,
+    batches: Sequence[int] = (1, 2, 8),
+    levels: Sequence[float] = LEVELS,
+) -> list[Parity]:
+    """Every level x batch x readout: the feature's own, and one that no trace has seen (its rows turned round, doubled)."""
+    reference = TorchStep(prior.to(torch.float64), feature.to(torch.float64))
+    readouts = [None] if feature.readout is None else [feature.readout, _unseen(feature.readout)]
+    found: list[Parity] = []
+    for batch in batches:
+        x = torch.stack([torch.from_numpy(normal(1, at, 0, 0, shape=prior.shape)) for at in range(batch)])
+        for level in levels:
+            sigma = torch.full((batch,), level, dtype=torch.float64)
+            alpha = torch.sqrt((1 - sigma) * (1 + sigma))
+            for at, readout in enumerate(readouts):
+                many = None if readout is None else readout.expand(batch)
+                expected = reference.guided(x, sigma, alpha, None if many is None else many.to(torch.float64))
+                got = step.guided(x.to(dtype), sigma, alpha, None if many is None else many.to(dtype))
+                errors = {
+                    name: relative_error(getattr(got, name), getattr(expected, name)) for name in StepOutput._fields
+                }
+                cosine = _cosine(got.grad_a, expected.grad_a)
+                found.append(Parity(sigma=level, batch=batch, readout=at, cosine=cosine, **errors))
+    return found
+
+
+def check(rows: Sequence[Parity], dtype: torch.dtype, runner: str) -> None:
+    """Raises ParityError naming the worst place where a row is beyond the tolerance of its dtype."""
+    allowed = TOLERANCE[dtype]
+    worst = max(rows, key=lambda row: max(getattr(row, name) for name in StepOutput._fields))
+    output = max(StepOutput._fields, key=lambda name: getattr(worst, name))
+    error = getattr(worst, output)
+    turned = min(rows, key=lambda row: row.cosine)
+    if not error <= allowed or not turned.cosine >= LEAST_COSINE[dtype]:
+        raise ParityError(
+            f"runner {runner}: {output} is off by {error:.1e} of its largest value at sigma {worst.sigma}, batch {worst.batch} "
+            f"(allowed {allowed:.0e}); the gradient's least cosine is {turned.cosine:.6f} at sigma {turned.sigma}, batch "
+            f"{turned.batch} (allowed {LEAST_COSINE[dtype]:.6f}); its step does not compute the reference, use --runner torch"
+        )
+
+
+def _unseen(readout: Readout) -> Readout:
+    return Readout(
+        readout.direction.flip(-1),
+        readout.bias,
+        readout.threshold,
+        readout.weight * 2,
+        readout.pooling.flip(-1),
+        readout.mask,
+    )
+
+
+def _cosine(got: Float[Tensor, "batch ..."], expected: Float[Tensor, "batch ..."]) -> float:
+    """The smallest over the batch; 1 where both gradients are zero."""
+    one, other = got.double().flatten(1), expected.flatten(1)
+    lengths = one.norm(dim=1) * other.norm(dim=1)
+    value = torch.where(lengths > 0, (one * other).sum(1) / torch.where(lengths > 0, lengths, 1.0), 1.0)
+    return float(value.min())
