@@ -1,6 +1,7 @@
 """ONNX files of a step's graphs: what ONNX Runtime, OpenVINO and TensorRT read.
 
     FOLDER/<graph>.onnx       opset OPSET, batch symbolic, weights inside; metadata: hook, dtype, rows, versions
+    FOLDER/schedule.json      what noise levels decide, for an embedding without torch (engine/runtime/schedule.py)
 
 Checked by onnx.checker before they are kept. Knows traced graphs and files; runs nothing.
 """
@@ -28,6 +29,7 @@ from tiltscope.engine.runtime.exported import (
     padded_rows,
     readout_inputs,
 )
+from tiltscope.engine.runtime.schedule import Schedule
 from tiltscope.engine.runtime.step import Step
 from tiltscope.export.trace import StepGraph, StepNetworks, trace
 
@@ -111,6 +113,16 @@ class OnnxExporter:
             "tiltscope.rows": str(padded_rows(feature.readout.num_rows)),
             "tiltscope.torch": torch.__version__,
         }
+        embedding: Any = denoiser.network
+        Schedule(
+            shape=tuple(prior.shape),
+            rows=padded_rows(feature.readout.num_rows),
+            levels=tuple(denoiser.levels.tolist()),
+            prediction=denoiser.prediction,
+            channels=embedding.time_proj.num_channels,
+            flip_sin_to_cos=embedding.time_proj.flip_sin_to_cos,
+            downscale_freq_shift=embedding.time_proj.downscale_freq_shift,
+        ).write(folder)
         networks = StepNetworks(denoiser, feature.trunk)
         for name, example in examples(prior, feature).items():
             write_onnx(trace(networks, name, example), name, example, folder / f"{name}.onnx", metadata)

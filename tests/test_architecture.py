@@ -30,6 +30,7 @@ NUMPY_ONLY = (
     "engine/sampler/solvers.py",
     "engine/sampler/grids.py",
     "engine/sampler/noise.py",
+    "engine/runtime/schedule.py",
     "engine/tilt/calibrate.py",
 )
 

@@ -1,10 +1,12 @@
 """The step's graphs, traced, in ONNX Runtime and OpenVINO, against eager autograd: other batches, readouts, noise levels."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -334,3 +336,22 @@ def test_export_on_the_command_line(tiny_bundle, home, capsys):
 def test_what_export_refuses(words, message, tiny_bundle, empty_home, capsys):
     assert run(["export", "--bundle", str(tiny_bundle), "--quiet", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_embedding_without_torch_draws_the_same_picture(tiny_bundle, home, tmp_path):
+    """numpy, onnxruntime, the plan and the generator: the activation within 1e-4, in a process where torch cannot be imported."""
+    example = Path(__file__).parents[2] / "examples/embed_without_torch.py"
+    packed = tmp_path / "packed"
+    words = ["pack", FEATURES[0], str(packed), "--bundle", str(tiny_bundle), "--steps", "12", "--lam", "3"]
+    subprocess.run([sys.executable, str(example), *words], check=True)
+    blocked = (
+        "import runpy, sys\n"
+        "for name in ('torch', 'diffusers', 'transformers', 'scipy', 'safetensors'): sys.modules[name] = None\n"
+        f"sys.argv = ['embed', 'run', {str(packed)!r}]\n"
+        f"runpy.run_path({str(example)!r}, run_name='__main__')\n"
+    )
+    told = subprocess.run([sys.executable, "-c", blocked], check=True, capture_output=True, text=True).stdout
+    found, expected, away = (float(each) for each in re.findall(r"-?\d+\.\d+(?:e-\d+)?", told))
+    assert abs(found - expected) < 1e-4
+    assert away < 1e-3
+    assert len(list(packed.glob("*.onnx"))) == 5

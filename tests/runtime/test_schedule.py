@@ -1,0 +1,46 @@
+"""The numpy schedule is the torch one, for every prediction, at the network's levels, between them and beyond both ends."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tiltscope.engine.prior.levels import sigma_levels
+from tiltscope.engine.prior.network import NetworkDenoiser, TimeEmbedding
+from tiltscope.engine.runtime.conditioning import conditioning
+from tiltscope.engine.runtime.schedule import Schedule
+
+
+class Network(nn.Module):
+    def __init__(self, **embedding):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.time_proj = TimeEmbedding(**embedding)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    "embedding",
+    [
+        {"num_channels": 16, "flip_sin_to_cos": True, "downscale_freq_shift": 0.0},
+        {"num_channels": 9, "flip_sin_to_cos": False, "downscale_freq_shift": 1.0},
+    ],
+)
+def test_it_is_the_torch_one(prediction, embedding, tmp_path):
+    levels = sigma_levels({"beta_schedule": "squaredcos_cap_v2"})
+    denoiser = NetworkDenoiser(Network(**embedding), levels=levels, prediction=prediction)
+    schedule = Schedule(
+        shape=(3, 8, 8),
+        rows=4,
+        levels=tuple(levels.tolist()),
+        prediction=prediction,
+        channels=embedding["num_channels"],
+        flip_sin_to_cos=embedding["flip_sin_to_cos"],
+        downscale_freq_shift=embedding["downscale_freq_shift"],
+    )
+    schedule.write(tmp_path)
+    sigma = np.concatenate([[0.0, 1e-4, levels[-1] / 2], levels[::97], np.linspace(0.001, 0.9999, 60), [1.0 - 1e-9]])
+    found = Schedule.read(tmp_path).conditioning(sigma)
+    expected = conditioning(denoiser, torch.from_numpy(sigma), torch.float64)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other.numpy(), rtol=1e-9, atol=1e-9)
