@@ -30,6 +30,7 @@ import tiltscope
 from tiltscope.engine.bundle import Bundle
 from tiltscope.engine.calibration import calibrate_on_sampler, calibration_key
 from tiltscope.engine.config import ExplainConfig
+from tiltscope.engine.errors import CalibrationError
 from tiltscope.engine.explain import inquire
 from tiltscope.engine.tilt.calibrate import default_target, estimates
 
@@ -132,9 +133,13 @@ def calibrations(bundle: Bundle, features: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for address in features:
         inquiry = inquire(bundle, address, ExplainConfig())
-        natural_mean = float(inquiry.natural.mean())
-        ascent = calibrate_on_sampler(inquiry.run, inquiry.target, natural_mean).ascent
-        found[calibration_key(inquiry.run, inquiry.target)] = ascent.to_json() if ascent else None
+        try:
+            ascent = calibrate_on_sampler(inquiry.run, inquiry.target, float(inquiry.natural.mean())).ascent
+        except CalibrationError as error:
+            print(f"{address} is not calibrated: {error}", flush=True)
+            continue
+        if ascent is not None:
+            found[calibration_key(inquiry.run, inquiry.target)] = ascent.to_json()
     return found
 
 
@@ -207,37 +212,41 @@ def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def measure(config: Config, bundle: Bundle) -> tuple[dict[str, Any], dict[str, Image.Image]]:
-    """The figures of the wanted parts, and their pictures by name."""
+def measure(config: Config, bundle: Bundle, part: Part) -> tuple[dict[str, Any], dict[str, Image.Image]]:
+    """The figures of one part, and their pictures by name."""
     figures: dict[str, Any] = {}
     pictures: dict[str, Image.Image] = {}
     folder = bundle.path
-    if "trunk" in config.parts:
+    if part == "trunk":
         figures["knn_top1_heldout"] = measure_trunk(
             config.data, folder / "trunk", embed_pool(config.data, folder / "evaluator")
         )
         figures["cls_recovered_heldout"] = measure_recovered(config.data, folder / "trunk", folder / "sae")
-    if "prior" in config.parts:
+    if part == "prior":
         x0 = unguided(bundle, config.num)
         figures["prior"], pictures = measure_prior(config.data, bundle.evaluator(), x0)
         figures["histograms"] = histogram_figures(bundle, x0)
-    if "features" in config.parts:
+    if part == "features":
         figures["features"], figures["best_features"], pictures["features"] = feature_figures(bundle)
-    if "claim" in config.parts:
+    if part == "claim":
         figures["claim"], pictures["guided"] = claim_figures(bundle, config.num_claim)
     return figures, pictures
 
 
 def main(config: Config) -> None:
     prepare_machine(config.threads)
-    figures, pictures = measure(config, tiltscope.load(str(config.bundle)))
+    bundle = tiltscope.load(str(config.bundle))
     facts = json.loads((config.bundle / "bundle.json").read_text())
-    facts["reference"] |= figures
+    for part in config.parts:
+        # Kept as soon as it is there: the whole takes the better part of an hour.
+        figures, pictures = measure(config, bundle, part)
+        facts["reference"] |= figures
+        write_json(config.bundle / "bundle.json", facts)
+        for name, picture in pictures.items():
+            picture.save(config.bundle / f"{name}.webp", lossless=True, quality=80, method=4)
     if "calibrations" in config.parts:
         found = calibrations(tiltscope.load(str(config.bundle)), config.calibrate)
         write_json(config.bundle / "pool/calibrations.json", found)
-    for name, picture in pictures.items():
-        picture.save(config.bundle / f"{name}.webp", lossless=True, quality=80, method=4)
     write_card(config.bundle / "README.md", facts)
     facts["files"] = hash_files(config.bundle)
     write_json(config.bundle / "bundle.json", facts)
