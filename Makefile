@@ -15,7 +15,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 SHARDS := 2
 # What `make demo` explains: FEATURE=blocks.5:sae:12 make demo
-FEATURE ?= blocks.5:sae:74
+FEATURE ?= blocks.5:sae:1169
 
 # The repository root must never be on sys.path: its kernels/ would shadow a distribution that transformers looks for.
 export PYTHONSAFEPATH := 1

@@ -1,12 +1,17 @@
 """Calibration on the sampler: the mean that was asked for is the mean that fresh draws give, however biased the sampler is."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tiltscope
+from tiltscope.engine.calibration import calibrate_on_sampler, calibration_key
+from tiltscope.engine.config import ExplainConfig
 from tiltscope.engine.errors import CalibrationError, ConfigError
+from tiltscope.engine.explain import inquire
 from tiltscope.engine.runtime.artefact import cache_folder
 from tiltscope.engine.tilt.worlds import GaussianWorld
 
@@ -122,3 +127,12 @@ def test_explain_calibrates_on_the_sampler_and_says_so(tiny_bundle, monkeypatch)
     assert abs(float(drawn.mean()) - found.target) < 3 * (se**2 + found.manifest["ascent"]["se"] ** 2) ** 0.5
     given = tiltscope.explain(bundle, feature, lam=found.lam, **settings)
     assert given.manifest["ascent"] is None
+
+
+def test_the_bundle_brings_what_its_demo_would_have_to_draw_for():
+    """The demo's own feature at the defaults of explain: a new setting or an edited preset must not lose its calibration."""
+    bundle = tiltscope.load("emoji64")
+    demo = re.search(r"^FEATURE \?= (\S+)", (Path(__file__).parents[1] / "Makefile").read_text(), re.MULTILINE)[1]
+    inquiry = inquire(bundle, demo, ExplainConfig())
+    assert calibration_key(inquiry.run, inquiry.target) in bundle.pool.calibrations
+    assert calibrate_on_sampler(inquiry.run, inquiry.target, 0.0).ascent.origin == "bundle"

@@ -13,7 +13,7 @@ class Arguments:
     """The tilt that reaches a mean activation: lambda, KL, log Z, and how many natural pictures carry it."""
 
     feature: FeatureWord
-    """HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:74"""
+    """HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:1169"""
     target_activation: float
     """the wanted mean of phi(activation)"""
     log_tilt: str = "linear"

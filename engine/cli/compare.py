@@ -19,7 +19,7 @@ class Arguments:
     """Samplers and rivals at one mean activation: cost, naturalness, diversity, distance from the tilt."""
 
     feature: FeatureWord = ""
-    """HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:74; not needed with --world, kernel excepted"""
+    """HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:1169; not needed with --world, kernel excepted"""
     config: Annotated[CompareConfig, tyro.conf.arg(name="")]
     world: str | None = None
     """gaussian | quadratic | mixture | kernel: compare on a world whose answer is known, on the terminal alone"""

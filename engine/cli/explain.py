@@ -36,7 +36,7 @@ class Arguments:
     """What a feature means: the KL-minimal tilt beside top-K, hard truncation and activation maximisation."""
 
     feature: FeatureWord
-    """HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:74"""
+    """HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:1169"""
     config: Annotated[ExplainConfig, tyro.conf.arg(name="")]
     bundle: str = "emoji64"
     """an embedded bundle's name, or a bundle's folder"""

@@ -99,7 +99,7 @@ def _overview() -> str:
     return (
         "tiltscope: what a feature of a vision model means, as a distribution of images\n\n"
         f"usage: tiltscope COMMAND ...\n\n{commands}\n\n"
-        "FEATURE is HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:74\n"
+        "FEATURE is HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:1169\n"
         "tiltscope COMMAND --help lists a command's flags; tiltscope --version tells the version"
     )
 

@@ -18,7 +18,7 @@ class Arguments:
     """Draw from p(x) exp(lam phi(a(x))) / Z. Give --lam or --target-activation."""
 
     feature: FeatureWord
-    """HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:74"""
+    """HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:1169"""
     config: Annotated[SampleConfig, tyro.conf.arg(name="")]
     bundle: str = "emoji64"
     """an embedded bundle's name, or a bundle's folder"""

@@ -11,7 +11,7 @@ from tiltscope.engine.errors import ConfigError
 KINDS = ("sae", "neuron", "direction", "cls")
 POOLINGS = ("centre", "max", "mean", "lse")
 DEFAULT_POOLING = "centre"
-FORM = "HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:74"
+FORM = "HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:1169"
 ALLOWED_HOOKS = "blocks.N (the residual stream before block N) or norm (the output)"
 ALLOWED_POOLINGS = f"{', '.join(POOLINGS)}, or a position y,x"
 

@@ -44,7 +44,7 @@ TABLE: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("unknown grid", (*SAMPLE, "--grid", "cosine"), ("grid", "'cosine'", "native")),
     ("unknown lift", (*SAMPLE, "--lift", "magic"), ("lift", "'magic'", "dps")),
     ("unknown log-tilt", (*SAMPLE, "--log-tilt", "square"), ("log_tilt", "'square'", "linear")),
-    ("unknown runner", (*SAMPLE, "--runner", "onnx"), ("runner", "'onnx'", "torch")),
+    ("unknown runner", (*SAMPLE, "--runner", "magic"), ("runner", "'magic'", "torch")),
     ("unknown dtype", (*SAMPLE, "--dtype", "float8"), ("dtype", "'float8'", "float32")),
     ("unknown sort", ("features", "--sort", "size"), ("sort", "'size'", "selectivity")),
     ("unknown hook of features", ("features", "--hook", "blocks.9"), ("hook", "blocks.9", "blocks.1")),
