@@ -1,7 +1,7 @@
 """Guided sampling inside a program that has no torch: numpy and onnxruntime alone, tiltscope's own table and generator.
 
-    python embed_without_torch.py pack blocks.5:sae:1169 packed/ --lam 1.5    # where torch is: graphs, readout, the expected answer
-    pip install --no-deps tiltscope; pip install numpy onnxruntime          # and where it is not:
+    python embed_without_torch.py pack blocks.5:sae:1169 packed/ --lam 1.5  # where torch is: graphs, readout, the expected answer
+    pip install --no-deps tiltscope; pip install numpy onnxruntime         # and where it is not:
     python embed_without_torch.py run packed/
 
 `run` draws the same picture from the same seed and index, and says how far its activation is from the packed one.
