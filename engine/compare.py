@@ -69,6 +69,11 @@ class Method:
     samples: Samples | None
     note: str | None = None
 
+    def facts(self) -> dict[str, Any]:
+        """All but the numbers and the pictures."""
+        names = ("name", "kind", "lam", "matched", "kl_source", "excess_kl_kind", "note")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -128,19 +133,7 @@ def compare(
         "config": config.to_json(),
         "target": first.target,
         "target_quantile": first.target_quantile,
-        "methods": [
-            {
-                "name": each.name,
-                "kind": each.kind,
-                "lam": each.lam,
-                "matched": each.matched,
-                "kl_source": each.kl_source,
-                "excess_kl_kind": each.excess_kl_kind,
-                "note": each.note,
-                "metrics": each.metrics,
-            }
-            for each in methods
-        ],
+        "methods": [each.facts() | {"metrics": each.metrics} for each in methods],
     }
     return Comparison(
         feature=first.feature.name,

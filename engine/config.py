@@ -45,7 +45,21 @@ NOT_IN_IDENTITY = ("num", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class Settings:
+    """What every command's settings can do: become plain JSON, and be read back from it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; from_json reads them back."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Raises ConfigError for an unknown key."""
+        return cls(**_known(values, cls))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(Settings):
     """Settings of one distribution. Raises ConfigError on construction for a value that is not allowed."""
 
     num: int = 8
@@ -230,15 +244,6 @@ class SampleConfig:
         """Whether lambda is to follow from what was asked."""
         return self.target_activation is not None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; from_json reads them back."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Raises ConfigError for an unknown key."""
-        return cls(**_known(values, cls))
-
     def identity(self, *parts: str) -> str:
         """64 hex digits over `parts` (command, bundle, feature) and every resolved setting that decides the pictures."""
         settings = {name: value for name, value in self.resolved().decisive().items() if name not in NOT_IN_IDENTITY}
@@ -280,7 +285,7 @@ class ExplainConfig(SampleConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """Settings of compare(): which samplers, at which target, from how many pictures each."""
 
     num: int = 16
@@ -344,15 +349,6 @@ class CompareConfig:
         whole: list[dict[str, Any]] = [{"preset": preset} for preset in self.presets]
         tilted: dict[str, Any] = {} if self.log_tilt is None else {"log_tilt": self.log_tilt}
         return tuple(ExplainConfig(**shared, **tilted, **each) for each in [*crossed, *whole])
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; from_json reads them back."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Raises ConfigError for an unknown key."""
-        return cls(**_known(values, cls))
 
     def identity(self, *parts: str) -> str:
         """64 hex digits over `parts` and every setting."""

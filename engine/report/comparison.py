@@ -138,15 +138,6 @@ def _tiles(method: Method) -> list[tuple[str, str]]:
 def _method_rows(comparison: Comparison) -> list[dict[str, Any]]:
     names = sorted({name for each in comparison.methods for name in each.metrics})
     return [
-        {
-            "method": each.name,
-            "kind": each.kind,
-            "lam": each.lam,
-            "matched": each.matched,
-            "kl_source": each.kl_source,
-            "excess_kl_kind": each.excess_kl_kind,
-            "note": each.note,
-        }
-        | {name: each.metrics.get(name) for name in names}
+        {"method": title_of(each)} | each.facts() | {name: each.metrics.get(name) for name in names}
         for each in comparison.methods
     ]
