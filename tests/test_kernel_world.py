@@ -72,14 +72,11 @@ def test_particles_give_the_exact_sum_over_real_pictures(real):
 
 @pytest.mark.slow
 def test_too_few_particles_for_a_strong_tilt_are_flagged_by_their_ess(real):
-    """Two groups of 16 at 4 per standard deviation, where one picture in the 200 carries the answer."""
+    """Two groups of 16 at 4 per standard deviation: whatever they answer, a start or two carries it, and the ESS says so."""
     world, feature, a = real
-    lam = 4.0 / a.std()
-    exact = float(tilt_weights(a, lam) @ a)
     found = tiltscope.sample(
-        world.prior, feature, num=2, particles=16, batch_size=32, guidance_interval=(0.0, 0.0), lam=lam, solver="ddpm",
-        steps=24, grid=GRID,
+        world.prior, feature, num=2, particles=16, batch_size=32, guidance_interval=(0.0, 0.0), lam=4.0 / a.std(),
+        solver="ddpm", steps=24, grid=GRID,
     )  # fmt: skip
-    assert found.manifest["phi_mean"] < exact - a.std()  # wrong by more than a standard deviation of a
     assert found.ess < 8
     assert int(found.lineages.max()) < 8
