@@ -53,7 +53,7 @@ def draw(*, denoise=None, activation=None, **settings):
         ({"log_tilt": "bell"}, "log_tilt: got 'bell', allowed are linear, zscored, capped"),
         ({"log_tilt": "target(1)", "lam": None, "target_activation": 1.0}, "its own level"),
         ({"log_tilt": "capped"}, "cap is missing"),
-        ({"preset": "fast"}, "preset: got 'fast', allowed are calibrated"),
+        ({"preset": "best"}, "preset: got 'best', allowed are calibrated, fast, paper_exact"),
         ({"runner": "magic"}, "runner: got 'magic', allowed are torch, onnx, openvino"),
         ({"dtype": "int8"}, "dtype: got 'int8'"),
         ({"particles": 0}, "particles: got 0"),
