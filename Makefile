@@ -7,6 +7,7 @@
 #   make bench                     the measured numbers of this machine
 #   make wheel-check               the wheel, from a clean archive, in a clean environment
 #   make figures                   the README's picture, and those of docs/method.md
+#   make comparison                the plot of samplers and rivals in docs/method.md
 #   make train                     how the embedded models were made (hours)
 #   make bundle-report             measure the embedded bundle anew, and write its figures and its card
 
@@ -23,7 +24,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo figures test test-slow lint types bench wheel-check train bundle-report clean shards
+.PHONY: demo figures comparison test test-slow lint types bench wheel-check train bundle-report clean shards
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +48,11 @@ figures: $(VENV)/.installed
 	$(VENV)/bin/tiltscope explain $(FEATURE) --out build/four_answers
 	$(RUN) tools/four_answers.py build/four_answers docs/four_answers.png
 	$(RUN) tools/method_figures.py docs/figures
+
+# Six samplers and the rivals at one activation, for docs/: a quarter of an hour.
+comparison: $(VENV)/.installed
+	$(VENV)/bin/tiltscope compare $(FEATURE) --num 16 --steps 25,50 --lifts dps --solvers ddpm,dpmpp_2m,dpmpp_2m_sde --out build/comparison
+	cp build/comparison/compare.png docs/figures/compare.png
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest
