@@ -158,17 +158,17 @@ def _sampler(inquiry: Inquiry, config: CompareConfig) -> tuple[Method, list[Poin
     rounds: list[Round] = [] if run.ascent is None else list(run.ascent.rounds)
     for factor in sorted({0.0, *config.lam_factors} - {1.0}):
         try:
-            point, drawn = _point(replace(run, lam=lam * factor), inquiry, name)
+            drawn = _drawn(replace(run, lam=lam * factor))
         except NonFiniteError as error:
             return _without(name, str(error)), points
-        points.append(point)
+        points.append(_point(name, lam * factor, drawn, _measure(drawn, inquiry, "tilt")))
         rounds.append(_round_of(drawn, run, lam * factor))
     started = time.perf_counter()
-    point, samples = _point(run, inquiry, name)
+    samples = _drawn(run)
     seconds = (time.perf_counter() - started) / len(samples)
-    points.append(point)
     rounds.append(_round_of(samples, run, lam))
     metrics = _measured(samples, inquiry, "tilt", config)
+    points.append(_point(name, lam, samples, metrics))
     constant = inquiry.config.guidance == "constant"
     metrics["seconds"] = seconds
     metrics |= {"kl": None if constant else integrate(_between(rounds, lam), lam).kl, "log_z": None, "ess": None}
@@ -190,28 +190,22 @@ def _sampler(inquiry: Inquiry, config: CompareConfig) -> tuple[Method, list[Poin
     ), sorted(points, key=lambda each: each.lam)
 
 
-def _point(run: Run, inquiry: Inquiry, name: str) -> tuple[Point, Samples]:
+def _drawn(run: Run) -> Samples:
     samples = join(run.draw())
     check_any_finite(samples, run.plan)
-    metrics = measure(
-        samples,
-        answer="tilt",
-        bundle=inquiry.bundle,
-        feature=inquiry.feature,
-        natural=inquiry.natural,
-        log_tilt=run.programme.log_tilts[0],
-        tilt=None,
-        seconds=None,
-    )
+    return samples
+
+
+def _point(name: str, lam: float, samples: Samples, metrics: dict[str, float | None]) -> Point:
     return Point(
         method=name,
-        lam=run.lam if isinstance(run.lam, float) else math.nan,
+        lam=lam,
         activation=metrics["activation_mean"] or 0.0,
         activation_se=metrics["activation_se"] or 0.0,
         naturalness=metrics["naturalness"],
         naturalness_se=metrics["naturalness_se"],
         num=int(samples.ok.sum()),
-    ), samples
+    )
 
 
 def _rival(inquiry: Inquiry, rival: str, config: CompareConfig) -> Method:
@@ -239,22 +233,27 @@ def _rival(inquiry: Inquiry, rival: str, config: CompareConfig) -> Method:
     )
 
 
-def _measured(
-    samples: Samples, inquiry: Inquiry, answer: str, config: CompareConfig, members: NDArray[np.int64] | None = None
+def _measure(
+    samples: Samples, inquiry: Inquiry, answer: str, members: NDArray[np.int64] | None = None
 ) -> dict[str, float | None]:
-    calibration = inquiry.calibration if inquiry.calibration.feasible else None
-    bundle, feature, x0 = inquiry.bundle, inquiry.feature, samples.x0[samples.ok]
-    metrics = measure(
+    return measure(
         samples,
         answer=answer,
-        bundle=bundle,
-        feature=feature,
+        bundle=inquiry.bundle,
+        feature=inquiry.feature,
         natural=inquiry.natural,
         log_tilt=inquiry.run.programme.log_tilts[0],
-        tilt=calibration,
+        tilt=inquiry.calibration if inquiry.calibration.feasible else None,
         seconds=None,
         members=members,
     )
+
+
+def _measured(
+    samples: Samples, inquiry: Inquiry, answer: str, config: CompareConfig, members: NDArray[np.int64] | None = None
+) -> dict[str, float | None]:
+    bundle, feature, x0 = inquiry.bundle, inquiry.feature, samples.x0[samples.ok]
+    metrics = _measure(samples, inquiry, answer, members)
     left = robustness(feature, x0, natural_mean=float(inquiry.natural.mean()))
     metrics |= {f"robustness_{name}": value for name, value in left.items()}
     metrics["vendi"] = None if bundle.meta.get("evaluator") is None else vendi_score(embed(bundle, x0))

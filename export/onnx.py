@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,15 @@ from torch import Tensor
 from tiltscope.engine.errors import ExportError, RunnerError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.prior.prior import Prior
+from tiltscope.engine.runtime import onnx_step, openvino_step
 from tiltscope.engine.runtime.conditioning import conditioning
 from tiltscope.engine.runtime.exported import (
     INPUTS,
     OUTPUTS,
+    Engine,
     ExportedStep,
+    GraphFiles,
+    needed,
     network_parts,
     padded_rows,
     readout_inputs,
@@ -41,28 +45,25 @@ _EXAMPLE_BATCH = 2
 
 def examples(prior: Prior, feature: Feature) -> dict[str, list[Tensor]]:
     """Inputs of every graph at a batch of 2, in the feature's dtype: what a trace sees of shapes."""
-    denoiser, feature = network_parts(prior, feature, "onnx")
-    if feature.readout is None:
-        raise ExportError(f"feature {feature.name} has no readout")
+    denoiser, _, one = network_parts(prior, feature, "onnx")
     dtype = denoiser.dtype
     x = torch.linspace(-1, 1, _EXAMPLE_BATCH * int(torch.Size(prior.shape).numel()), dtype=dtype)
     x = x.reshape(_EXAMPLE_BATCH, *prior.shape)
     level = conditioning(denoiser, torch.tensor([0.4, 0.8], dtype=torch.float64), dtype)
-    readout = readout_inputs(feature.readout, _EXAMPLE_BATCH)
-    parts = {"x": [x], "conditioning": list(level), "readout": readout}
+    readout = readout_inputs(one, _EXAMPLE_BATCH)
     return {
-        "unguided": parts["x"] + parts["conditioning"],
-        "guided": parts["x"] + parts["conditioning"] + readout,
-        "measure": parts["x"] + readout,
-        "gradient": parts["x"] + readout,
-        "pullback": [*parts["x"], *parts["conditioning"], x.flip(0)],
+        "unguided": [x, *level],
+        "guided": [x, *level, *readout],
+        "measure": [x, *readout],
+        "gradient": [x, *readout],
+        "pullback": [x, *level, x.flip(0)],
     }
 
 
 def write_onnx(graph: StepGraph, name: str, example: list[Tensor], path: Path, metadata: dict[str, str]) -> None:
     """One graph as a checked ONNX file. Raises RunnerError without onnx and onnxscript, ExportError where it is not valid."""
-    onnx = _module("onnx")
-    _module("onnxscript")
+    onnx = needed("onnx", "onnx")
+    needed("onnxscript", "onnx")
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     with _hushed():
         program: Any = torch.onnx.export(
@@ -93,63 +94,47 @@ class OnnxExporter:
 
     artefact = "onnx"
 
-    def __init__(self, runner: str) -> None:
-        self.runner = runner
+    def __init__(self, runner: str, open_graph: Callable[[Path], Engine]) -> None:
+        self.runner, self._open_graph = runner, open_graph
 
     def build(self, prior: Prior, feature: Feature, dtype: torch.dtype, folder: Path) -> None:
         """Every graph of the step into `folder`."""
-        denoiser, feature = network_parts(prior, feature, self.runner)
+        denoiser, trunk, readout = network_parts(prior, feature, self.runner)
         if dtype != torch.float32:
             raise RunnerError(
                 f"runner {self.runner}: got dtype {str(dtype)[6:]}, allowed is float32; or use --runner torch"
             )
-        if feature.trunk is None or feature.readout is None:
-            raise RunnerError(f"runner {self.runner}: feature {feature.name} has no readout")
         for module in ("onnx", "onnxscript", {"onnx": "onnxruntime"}.get(self.runner, self.runner)):
-            _module(module, self.runner)
+            needed(module, self.runner)
+        rows = padded_rows(readout.num_rows)
         metadata = {
-            "tiltscope.hook": feature.trunk.hook,
+            "tiltscope.hook": trunk.hook,
             "tiltscope.prior": prior.identity,
-            "tiltscope.rows": str(padded_rows(feature.readout.num_rows)),
+            "tiltscope.rows": str(rows),
             "tiltscope.torch": torch.__version__,
         }
         embedding: Any = denoiser.network
         Schedule(
             shape=tuple(prior.shape),
-            rows=padded_rows(feature.readout.num_rows),
+            rows=rows,
             levels=tuple(denoiser.levels.tolist()),
             prediction=denoiser.prediction,
             channels=embedding.time_proj.num_channels,
             flip_sin_to_cos=embedding.time_proj.flip_sin_to_cos,
             downscale_freq_shift=embedding.time_proj.downscale_freq_shift,
         ).write(folder)
-        networks = StepNetworks(denoiser, feature.trunk)
+        networks = StepNetworks(denoiser, trunk)
         for name, example in examples(prior, feature).items():
             write_onnx(trace(networks, name, example), name, example, folder / f"{name}.onnx", metadata)
 
     def load(self, folder: Path, prior: Prior, feature: Feature, dtype: torch.dtype) -> Step:
         """The step from `folder`'s files."""
-        denoiser, _ = network_parts(prior, feature, self.runner)
-        if self.runner == "openvino":
-            from tiltscope.engine.runtime.openvino_step import OpenvinoRun
-
-            return ExportedStep(self.runner, denoiser, OpenvinoRun(folder))
-        from tiltscope.engine.runtime.onnx_step import OnnxRun
-
-        return ExportedStep(self.runner, denoiser, OnnxRun(folder))
+        denoiser, _, _ = network_parts(prior, feature, self.runner)
+        return ExportedStep(self.runner, denoiser, GraphFiles(folder, self._open_graph))
 
 
-onnx_exporter = OnnxExporter("onnx")
-openvino_exporter = OnnxExporter("openvino")
-
-
-def _module(name: str, runner: str = "onnx") -> Any:
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        raise RunnerError(
-            f"runner {runner} needs {name}, which is not installed: pip install 'tiltscope[{runner}]'"
-        ) from error
+onnx_exporter = OnnxExporter("onnx", onnx_step.open_graph)
+openvino_exporter = OnnxExporter("openvino", openvino_step.open_graph)
 
 
 @contextlib.contextmanager

@@ -5,14 +5,19 @@ Knows what a graph takes and returns, in which order; whether onnxruntime, OpenV
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tiltscope.engine.errors import RunnerError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.feature.readout import Readout
+from tiltscope.engine.feature.trunk import TruncatedViT
 from tiltscope.engine.prior.network import NetworkDenoiser
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime.conditioning import CONDITIONING, conditioning
@@ -38,6 +43,7 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
 LEAST_ROWS = 4
 
 RunGraph = Callable[[str, Sequence[Tensor]], list[Tensor]]
+Engine = Callable[[dict[str, NDArray[Any]]], Sequence[NDArray[Any]]]
 
 
 def padded_rows(num_rows: int) -> int:
@@ -51,12 +57,12 @@ def readout_inputs(readout: Readout, num: int) -> list[Tensor]:
     return [getattr(padded, each.name).contiguous() for each in fields(Readout)]
 
 
-def network_parts(prior: Prior, feature: Feature, runner: str) -> tuple[NetworkDenoiser, Feature]:
+def network_parts(prior: Prior, feature: Feature, runner: str) -> tuple[NetworkDenoiser, TruncatedViT, Readout]:
     """What an exporter can trace. Raises RunnerError for a prior or a feature that is a Python function."""
     if prior.network is None or feature.trunk is None or feature.readout is None:
         what = f"prior {prior.name}" if prior.network is None else f"feature {feature.name}"
         raise RunnerError(f"runner {runner}: {what} is a Python function, which cannot be exported; use --runner torch")
-    return prior.network, feature
+    return prior.network, feature.trunk, feature.readout
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,32 @@ class ExportedStep:
         return readout_inputs(readout, len(x))
 
 
-def checked_outputs(graph: str, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """An engine's outputs, as many as the graph has. Raises RunnerError."""
-    if len(outputs) != len(OUTPUTS[graph]):
-        raise RunnerError(f"graph {graph} gave {len(outputs)} outputs, expected {', '.join(OUTPUTS[graph])}")
-    return list(outputs)
+class GraphFiles:
+    """FOLDER/<graph>.onnx as a RunGraph: `open_graph` makes of a file, at its first call, what maps named arrays to arrays."""
+
+    def __init__(self, folder: Path, open_graph: Callable[[Path], Engine]) -> None:
+        self._folder, self._open = folder, open_graph
+        self._opened: dict[str, Engine] = {}
+
+    def __call__(self, graph: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Raises RunnerError where the engine gives another number of outputs than the graph has."""
+        if graph not in self._opened:
+            self._opened[graph] = self._open(self._folder / f"{graph}.onnx")
+        given = {name: tensor.detach().contiguous().numpy() for name, tensor in zip(INPUTS[graph], inputs, strict=True)}
+        outputs = self._opened[graph](given)
+        if len(outputs) != len(OUTPUTS[graph]):
+            raise RunnerError(f"graph {graph} gave {len(outputs)} outputs, expected {', '.join(OUTPUTS[graph])}")
+        return [torch.from_numpy(each) for each in outputs]
+
+
+def needed(module: str, runner: str) -> Any:
+    """A module that an extra brings. Raises RunnerError naming the extra where it is not installed."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise RunnerError(
+            f"runner {runner} needs {module}, which is not installed: pip install 'tiltscope[{runner}]'"
+        ) from error
 
 
 def threads() -> int:

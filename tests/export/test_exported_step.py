@@ -16,11 +16,10 @@ import tiltscope
 from tiltscope.engine.cli.main import run
 from tiltscope.engine.errors import BundleError, ExportError, ParityError, RunnerError
 from tiltscope.engine.feature.readout import Readout
+from tiltscope.engine.runtime import onnx_step, openvino_step
 from tiltscope.engine.runtime.artefact import cache_folder
-from tiltscope.engine.runtime.exported import INPUTS, OUTPUTS, ExportedStep
+from tiltscope.engine.runtime.exported import INPUTS, OUTPUTS, ExportedStep, GraphFiles
 from tiltscope.engine.runtime.gate import LEVELS, check_step, record_self_test
-from tiltscope.engine.runtime.onnx_step import OnnxRun
-from tiltscope.engine.runtime.openvino_step import OpenvinoRun
 from tiltscope.engine.runtime.parity import check, measure
 from tiltscope.engine.runtime.runners import build_step
 from tiltscope.engine.runtime.step import TorchStep
@@ -73,8 +72,8 @@ def traced(bundle, feature):
 def step(request, bundle, folder):
     if request.param == "traced graph":
         return ExportedStep("traced", bundle.prior.network, request.getfixturevalue("traced"))
-    kind = OnnxRun if request.param == "onnxruntime" else OpenvinoRun
-    return ExportedStep(request.param, bundle.prior.network, kind(folder))
+    engine = onnx_step if request.param == "onnxruntime" else openvino_step
+    return ExportedStep(request.param, bundle.prior.network, GraphFiles(folder, engine.open_graph))
 
 
 def inputs(num, seed=0):
@@ -251,7 +250,7 @@ def test_another_provider_than_the_one_asked_for_is_an_error(folder, monkeypatch
 
     monkeypatch.setattr(module, "PROVIDER", "CUDAExecutionProvider")
     with pytest.raises(RunnerError, match="asked for CUDAExecutionProvider, got CPUExecutionProvider"):
-        module.open_session(folder / "measure.onnx")
+        module.open_graph(folder / "measure.onnx")
 
 
 def test_ten_processes_at_once_leave_one_whole_artefact(empty_home):
@@ -278,7 +277,7 @@ def test_readouts_are_inputs_in_the_order_of_the_record():
 
 
 def test_the_whole_gate_passes_level_by_level(bundle, feature, folder):
-    step = ExportedStep("onnx", bundle.prior.network, OnnxRun(folder))
+    step = ExportedStep("onnx", bundle.prior.network, GraphFiles(folder, onnx_step.open_graph))
     rows = measure(step, bundle.prior, feature, dtype=torch.float32, batches=(1, 5))
     assert {(row.sigma, row.batch, row.readout) for row in rows} == {
         (sigma, batch, readout) for sigma in LEVELS for batch in (1, 5) for readout in (0, 1)
