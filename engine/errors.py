@@ -6,6 +6,8 @@
     ├── CalibrationError  no tilt reaches the wanted activation
     ├── NonFiniteError    every sample became non-finite
     ├── RunnerError       the runner asked for cannot run here
+    ├── BusyError         the batcher has no room for another request now
+    ├── DeadlineError     a request's time was over before its samples were drawn (also a TimeoutError)
     ├── ExportError       a graph cannot be exported
     └── ParityError       an exported graph differs from its reference
 
@@ -36,6 +38,14 @@ class NonFiniteError(TiltscopeError):
 
 class RunnerError(TiltscopeError):
     """The runner asked for is not available here."""
+
+
+class BusyError(TiltscopeError):
+    """The batcher has no room for another request now."""
+
+
+class DeadlineError(TiltscopeError, TimeoutError):
+    """A request's time was over before its samples were drawn."""
 
 
 class ExportError(TiltscopeError):

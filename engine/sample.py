@@ -23,6 +23,7 @@ from tiltscope.engine.feature.feature import Feature, check_activation
 from tiltscope.engine.prior.prior import Prior, check_denoise
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.runtime.runners import step_for
+from tiltscope.engine.runtime.step import Step
 from tiltscope.engine.sampler.lifts import LIFTS, Lift
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.sampler.particles import proposal_plan, settle
@@ -112,9 +113,10 @@ class Run:
             if on_step(told) == "stop":
                 finished = row + 1 == self.plan.num_rows
                 break
-        return self._collect(state, num, finished=finished)
+        return self.collect(state, num, finished=finished)
 
-    def _collect(self, state: SlotState, num: int, *, finished: bool) -> Samples:
+    def collect(self, state: SlotState, num: int, *, finished: bool) -> Samples:
+        """The first `num` samples of slots that have done their rows, measured; the rest of the slots is padding."""
         activation, drive = self._measure(state)
         particles = self.config.particles
         # The first and only time the host asks the device: the rows are done.
@@ -300,8 +302,11 @@ def sample(
     return replace(samples, manifest=complete(facts))
 
 
-def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
-    """Check the request against prior and feature, fill the plan, find lambda. Raises as sample() does."""
+def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, step: Step | None = None) -> Run:
+    """Check the request against prior and feature, fill the plan, find lambda. Raises as sample() does.
+
+    step: what runs this prior and feature, from who has it already; neither network is tried then.
+    """
     config = config.resolved()
     if config.lam is None and config.target_activation is None:
         raise ConfigError(
@@ -309,8 +314,10 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
         )
     dtype = DTYPES[config.dtype]
     prior, feature = prior.to(dtype), feature.to(dtype)
-    check_denoise(prior, dtype, guided=config.lam != 0)
-    check_activation(feature, prior.shape, dtype)
+    if step is None:
+        check_denoise(prior, dtype, guided=config.lam != 0)
+        check_activation(feature, prior.shape, dtype)
+        step = step_for(config.runner, prior, feature, dtype)
     plan = make_plan(
         config.solver,
         steps=config.steps or 0,
@@ -333,7 +340,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
     programme = Programme(
         plans=(plan,),
         log_tilts=(log_tilt,),
-        step=step_for(config.runner, prior, feature, dtype),
+        step=step,
         lift=lift,
         shape=prior.shape,
         dtype=dtype,
