@@ -40,7 +40,7 @@ class Exporter(Protocol):
 
 @cache
 def registered() -> dict[str, Callable[[], Exporter]]:
-    """What loads each exporter, by its name. Read once: looking through every installed distribution takes as long as a row of a plan."""
+    """What loads each exporter, by its name. Read once: looking through every distribution takes as long as a row."""
     return {entry.name: entry.load for entry in entry_points(group=GROUP)}
 
 
