@@ -1,8 +1,8 @@
 """Whether a calibrated lambda keeps its word on the embedded bundle: fresh pictures at it, beside the mean they were promised.
 
-For every feature, explain's default target, its lambda by dual ascent on the sampler (the bundle brings it; warm-started from the
-pool's), and the mean activation of pictures that the ascent has not seen. Kept: within 2 % of the target, or two standard errors of
-both the ascent and the fresh mean. Appends a line to results/calibration.jsonl.
+For every feature, explain's default target, its lambda by dual ascent on the sampler (the bundle brings it, warm-started from the
+pool's), and the mean activation of pictures that the ascent has not seen. Kept: within 2 % of the target, or within two standard
+errors of ascent and fresh mean together. Appends a line to results/calibration.jsonl.
 
     python benchmarks/calibration.py [--features blocks.5:sae:1169 ...] [--num 32]
 """
