@@ -107,6 +107,7 @@ def guided_step(
     index: Tensor,
     particle: Tensor,
     *,
+    ticket: Tensor | None = None,
     implementation: Implementation = "reference",
 ) -> GuidedStep:
     """reference.guided_step by the implementation asked for. Shapes: there; x' and H' lie in memory as x does.
@@ -114,7 +115,8 @@ def guided_step(
     x, history, table, drive, strength: one dtype, float32 or float64 (triton: float32). x0_hat, grad_a: that dtype, or both
     bfloat16 or both float16. num_rows, plan, row, key, index, particle int64, ok and guided bool. Strides: x, x0_hat, grad_a and
     history each C order or all channels last within a sample, any stride between samples (reference: any).
-    Raises ConfigError, RunnerError.
+    ticket: int32 [batch] of zeros, zeros again afterwards, for launches that follow each other on one stream; without it triton
+    fills one of its own, a second small launch. Raises ConfigError, RunnerError.
     """
     require_implementation(implementation, x.device)
     _check_guided_step(
@@ -122,6 +124,8 @@ def guided_step(
     )
     if implementation == "triton":
         _require(x.dtype == torch.float32, "x", x.dtype, "torch.float32 with kernels 'triton'; 'reference' has float64")
+        if ticket is not None:
+            _require_like("ticket", ticket, x.shape[:1], [torch.int32], x.device)
         last = is_dense(x, channels_last=True) and not is_dense(x, channels_last=False)
         for name, each in (("x", x), ("x0_hat", x0_hat), ("grad_a", grad_a), ("history", history)):
             order = "channels last, as x" if last else "C order (contiguous) or, all four tensors alike, channels last"
@@ -144,6 +148,7 @@ def guided_step(
             key,
             index,
             particle,
+            ticket,
             implementation,
         )
     )
@@ -215,6 +220,7 @@ def _guided_step(
     key: Tensor,
     index: Tensor,
     particle: Tensor,
+    ticket: Tensor | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if x.device.type == "cpu":
@@ -223,7 +229,7 @@ def _guided_step(
     if implementation == "triton":
         from tiltscope.kernels.guided_step import guided_step as kernel
 
-        made = kernel(x, x0_hat, grad_a, history, *slots)
+        made = kernel(x, x0_hat, grad_a, history, *slots, ticket)
     else:
         made = reference.guided_step(x, x0_hat, grad_a, history, *slots)
         like = torch.empty_like(x)
@@ -254,6 +260,7 @@ def _guided_step_fake(
     key: Tensor,
     index: Tensor,
     particle: Tensor,
+    ticket: Tensor | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def per_slot() -> Tensor:
