@@ -148,5 +148,5 @@ def test_compile_traces_through_an_op_as_one_node_and_counts_what_runs():
     with dispatch.count_calls() as calls:
         got = step(*CASE)
     assert torch.equal(got, dispatch.guided_step(*CASE).x * 2)
-    assert [node.target for node in graphs[0].graph.nodes].count(torch.ops.tiltscope.guided_step.default) == 1
+    assert [str(node.target) for node in graphs[0].graph.nodes].count("tiltscope.guided_step") == 1
     assert dict(calls) == {("guided_step", "reference"): 1}
