@@ -1,6 +1,7 @@
 """The operations as torch.library ops, `torch.ops.tiltscope.*`: one name each, and the implementation asked for by name.
 
     reference   plain torch (reference.py), any device, float32 and float64
+    compiled    the same through torch.compile, which fuses it; needs a C++ compiler on a CPU, and half a minute a shape
     triton      one kernel (the file of the op's name): a CUDA device, or the CPU under TRITON_INTERPRET=1; float32 state
 
 What is asked for is what runs, or an error says what is missing: nothing falls back. `count_calls` tells a manifest what ran. The
@@ -11,10 +12,11 @@ CPU). On a device a row past its plan reads no memory outside the table, and its
 
 import importlib.util
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, get_args
+from functools import cache
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from tiltscope.kernels import reference
 from tiltscope.kernels.errors import ConfigError, RunnerError
 from tiltscope.kernels.reference import GuidedStep, Resampled
 
-Implementation = Literal["reference", "triton"]
+Implementation = Literal["reference", "compiled", "triton"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 Calls = Counter[tuple[str, str]]
 
@@ -59,6 +61,10 @@ def require_implementation(implementation: str, device: torch.device) -> None:
         raise ConfigError(f"kernels: got {implementation!r}, allowed are {', '.join(IMPLEMENTATIONS)}")
     if implementation == "reference":
         return
+    if implementation == "compiled":
+        if device.type == "cpu":
+            _require_compiler()
+        return
     if importlib.util.find_spec("triton") is None:
         raise RunnerError("kernels 'triton' need the package triton; install it: pip install 'tiltscope[triton]'")
     from triton import knobs
@@ -68,6 +74,26 @@ def require_implementation(implementation: str, device: torch.device) -> None:
             f"kernels 'triton' run on a CUDA device, the tensors are on {device}; use kernels 'reference', or set "
             "TRITON_INTERPRET=1 before Python starts to have them interpreted on the CPU (slowly)"
         )
+
+
+@cache
+def _require_compiler() -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise RunnerError(
+            "kernels 'compiled' need a C++ compiler on a CPU, and torch found none; install g++ or clang, or use "
+            "kernels 'reference'"
+        ) from error
+
+
+@cache
+def _compiled(definition: Callable[..., Any]) -> Callable[..., Any]:
+    """A definition through torch.compile: a program for each shape, so that no number depends on which was first."""
+    return torch.compile(definition, fullgraph=True, dynamic=False)
 
 
 def _require(condition: bool, argument: str, got: object, allowed: str) -> None:
@@ -231,7 +257,8 @@ def _guided_step(
 
         made = kernel(x, x0_hat, grad_a, history, *slots, ticket)
     else:
-        made = reference.guided_step(x, x0_hat, grad_a, history, *slots)
+        run = _compiled(reference.guided_step) if implementation == "compiled" else reference.guided_step
+        made = run(x, x0_hat, grad_a, history, *slots)
         like = torch.empty_like(x)
         made = made._replace(x=_laid_out(made.x, like), history=_laid_out(made.history, like))
     _count("guided_step", implementation)
@@ -296,7 +323,8 @@ def resample(
 def _resample(log_weight: Tensor, u: Tensor, threshold: float, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
     if implementation == "triton":
         raise RunnerError("resample has no Triton kernel yet; use kernels 'reference'")
-    made = reference.resample(log_weight, u, threshold)
+    run = _compiled(reference.resample) if implementation == "compiled" else reference.resample
+    made = run(log_weight, u, threshold)
     _count("resample", implementation)
     return made.ancestor.clone(), made.log_mean, made.due
 

@@ -83,7 +83,7 @@ def test_what_only_the_kernel_cannot_take_is_named_too(monkeypatch, name, change
 
 
 def test_an_implementation_that_is_none_is_refused_with_those_there_are():
-    with pytest.raises(tiltscope.errors.ConfigError, match="'cuda', allowed are reference, triton"):
+    with pytest.raises(tiltscope.errors.ConfigError, match="'cuda', allowed are reference, compiled, triton"):
         dispatch.guided_step(*CASE, implementation="cuda")  # type: ignore[arg-type]
 
 
@@ -98,6 +98,41 @@ def test_triton_that_is_not_installed_is_refused_with_the_extra_to_install(monke
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     with pytest.raises(tiltscope.errors.RunnerError, match=r"pip install 'tiltscope\[triton\]'"):
         dispatch.guided_step(*CASE, implementation="triton")
+
+
+def test_compiled_without_a_compiler_is_refused(monkeypatch):
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    dispatch._require_compiler.cache_clear()
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(tiltscope.errors.RunnerError, match="need a C\\+\\+ compiler"):
+        dispatch.guided_step(*CASE, implementation="compiled")
+
+
+COMPILED = """
+import sys, torch
+sys.path.append("tools")
+from kernel_cases import guided_case
+from tiltscope.kernels import dispatch
+
+case = guided_case(7, (3, 6, 7))
+with dispatch.count_calls() as calls:
+    together = dispatch.guided_step(*case, implementation="compiled")
+assert dict(calls) == {("guided_step", "compiled"): 1}
+check_guided_step(together, case)
+alone = dispatch.guided_step(*case.slots(torch.tensor([4])), implementation="compiled")
+assert all(torch.equal(mine[0], theirs[4]) for mine, theirs in zip(alone, together, strict=True))
+"""
+
+
+@pytest.mark.slow
+def test_compiled_is_the_definition_and_a_sample_alone_is_the_sample_in_company_bit_for_bit(root):
+    # In a process whose functions carry no shape checks: torch.compile cannot trace those.
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=root)
 
 
 def test_the_reference_needs_no_triton():
