@@ -13,15 +13,22 @@
 
 Every message says what was got, what is allowed and what to do. On the command line ConfigError, BundleError,
 CalibrationError and RunnerError exit with 2 (the request cannot be met here), the others with 1.
+
+Three of them are raised by the operations in tiltscope.kernels, which may not import this room, and are defined there.
 """
 
+from tiltscope.kernels.errors import ConfigError, RunnerError, TiltscopeError
 
-class TiltscopeError(Exception):
-    """Root of all errors raised on purpose."""
-
-
-class ConfigError(TiltscopeError, ValueError):
-    """A value, a name or a shape is not allowed."""
+__all__ = [
+    "BundleError",
+    "CalibrationError",
+    "ConfigError",
+    "ExportError",
+    "NonFiniteError",
+    "ParityError",
+    "RunnerError",
+    "TiltscopeError",
+]
 
 
 class BundleError(TiltscopeError):
@@ -34,10 +41,6 @@ class CalibrationError(TiltscopeError):
 
 class NonFiniteError(TiltscopeError):
     """No sample stayed finite."""
-
-
-class RunnerError(TiltscopeError):
-    """The runner asked for is not available here."""
 
 
 class BusyError(TiltscopeError):

@@ -13,8 +13,8 @@ SIGMA, ALPHA, A, B, C, D, E, P, Q, F, R = range(11)
 _STREAM_STEP = 1
 
 
-class GuidedStep(NamedTuple):
-    """What one guided step returns; the statistics are per slot."""
+class GuidedUpdate(NamedTuple):
+    """What one row of the table makes of every slot; the statistics are per slot."""
 
     x: Float[Tensor, "batch ..."]
     history: Float[Tensor, "batch ..."]
@@ -24,7 +24,19 @@ class GuidedStep(NamedTuple):
     finite: Bool[Tensor, "batch"]
 
 
-def guided_step(
+class GuidedStep(NamedTuple):
+    """What one guided step returns: the slots, advanced where they could, and their statistics."""
+
+    x: Float[Tensor, "batch ..."]
+    history: Float[Tensor, "batch ..."]
+    row: Int[Tensor, "batch"]
+    ok: Bool[Tensor, "batch"]
+    grad_norm_sq: Float[Tensor, "batch"]
+    delta_norm_sq: Float[Tensor, "batch"]
+    z_dot_delta: Float[Tensor, "batch"]
+
+
+def guided_update(
     x: Float[Tensor, "batch ..."],
     x0_hat: Float[Tensor, "batch ..."],
     grad_a: Float[Tensor, "batch ..."],
@@ -36,15 +48,16 @@ def guided_step(
     index: Int[Tensor, "batch"],
     row: Int[Tensor, "batch"],
     particle: Int[Tensor, "batch"],
-) -> GuidedStep:
+) -> GuidedUpdate:
     """One row of a plan for every slot (design: engine/sampler/plan.py).
 
         delta = e w grad_a;   x' = a x + b D + delta + c z + d H;   H' = p x + q D + f w grad_a + r H
 
     `coefficients` holds each slot's own row, cast once to the state's dtype; `strength` is w. Where `guided` is False delta
     is exactly 0, whatever grad_a holds: selected, never multiplied, so an unguided slot cannot inherit a NaN.
-    Reads x, D, grad_a, H once and writes x', H' once: 6 elements of traffic each; bound by memory bandwidth.
+    In the mixed form D and grad_a are of a lower precision (bfloat16, float16) than x: they are widened first.
     """
+    x0_hat, grad_a = x0_hat.to(x.dtype), grad_a.to(x.dtype)
     shape = tuple(x.shape[1:])
 
     def per_slot(v: Tensor) -> Tensor:
@@ -60,13 +73,61 @@ def guided_step(
     remembered = column(P) * x + column(Q) * x0_hat + column(F) * push + column(R) * history
     finite = torch.isfinite(moved).flatten(1).all(dim=1) & torch.isfinite(remembered).flatten(1).all(dim=1)
     over = tuple(range(1, x.dim()))
-    return GuidedStep(
+    return GuidedUpdate(
         x=moved,
         history=remembered,
         grad_norm_sq=(grad_a * grad_a).sum(over),
         delta_norm_sq=(delta * delta).sum(over),
         z_dot_delta=(z * delta).sum(over),
         finite=finite,
+    )
+
+
+def guided_step(
+    x: Float[Tensor, "batch ..."],
+    x0_hat: Float[Tensor, "batch ..."],
+    grad_a: Float[Tensor, "batch ..."],
+    history: Float[Tensor, "batch ..."],
+    table: Float[Tensor, "plan row 11"],
+    num_rows: Int[Tensor, "plan"],
+    plan: Int[Tensor, "batch"],
+    row: Int[Tensor, "batch"],
+    ok: Bool[Tensor, "batch"],
+    drive: Float[Tensor, "batch"],
+    strength: Float[Tensor, "batch"],
+    guided: Bool[Tensor, "batch"],
+    key: Int[Tensor, "batch 2"],
+    index: Int[Tensor, "batch"],
+    particle: Int[Tensor, "batch"],
+) -> GuidedStep:
+    """Every slot advances by its own row of its own plan; the row counters advance with it, on the device.
+
+        x+, H+, statistics = guided_update at table[plan, row]     guided where the slot is active and `guided`
+        active = row < num_rows[plan]
+        sound  = x+ and H+ are finite, and drive is where the slot is guided
+        moves  = active and ok and sound
+        x', H' = x+, H+ where it moves, else x, H        row' = row + moves        ok' = ok and (sound or not active)
+
+    A slot that has done its plan (row = num_rows) or failed (not ok) keeps its state bit for bit, and so does one that fails
+    now: x stays at its last good value. table: every plan, cast once to the state's dtype, short ones padded with any row.
+    drive: what guidance differentiated; NaN where no trunk ran. Reads x, D, grad_a, H once and writes x', H' once: 24 bytes an
+    element in float32, 20 with D and grad_a in 16 bits; bound by memory bandwidth.
+    """
+    active = row < num_rows[plan]
+    here = table[plan, row.clamp(max=table.shape[1] - 1)]
+    guided = guided & active
+    moved = guided_update(x, x0_hat, grad_a, history, here, strength, guided, key, index, row, particle)
+    sound = moved.finite & (torch.isfinite(drive) | ~guided)
+    moves = active & ok & sound
+    keep = ~moves.reshape(-1, *(1,) * (x.dim() - 1))
+    return GuidedStep(
+        x=torch.where(keep, x, moved.x),
+        history=torch.where(keep, history, moved.history),
+        row=row + moves,
+        ok=ok & (sound | ~active),
+        grad_norm_sq=moved.grad_norm_sq,
+        delta_norm_sq=moved.delta_norm_sq,
+        z_dot_delta=moved.z_dot_delta,
     )
 
 

@@ -20,11 +20,13 @@ from jaxtyping import install_import_hook  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 # Shapes and types in signatures are checked while tests run. Not in the rooms that are called with what a user wrote (tilt,
-# sample, the public Prior and Feature): there a wrong value must meet our own refusal, which has tests of its own.
+# sample, kernels.dispatch, the public Prior and Feature): there a wrong value must meet our own refusal, which has tests of its
+# own; nor in Triton kernels, which are compiled from their source.
 CHECKED = tuple(
     f"tiltscope.{room}"
     for room in (
-        "kernels",
+        "kernels.philox",
+        "kernels.reference",
         "engine.sampler",
         "engine.runtime",
         "engine.prior.network",

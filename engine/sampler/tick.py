@@ -19,7 +19,7 @@ from tiltscope.engine.sampler.state import (
     rows_of,
     slots_of,
 )
-from tiltscope.kernels.reference import guided_step
+from tiltscope.kernels.reference import guided_update
 
 _NOISE = COLUMNS.index("c")
 
@@ -69,7 +69,7 @@ def look(state: SlotState, programme: Programme) -> Sight:
 def move(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotState, Observation]:
     """x' and H' of the table for every slot that still has a row to do."""
     row = rows_of(state, programme).to(state.x.dtype)
-    moved = guided_step(
+    moved = guided_update(
         state.x,
         sight.x0_hat,
         sight.grad,

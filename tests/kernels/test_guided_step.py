@@ -7,7 +7,7 @@ import torch
 from tiltscope.engine.sampler import noise
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.kernels import reference
-from tiltscope.kernels.reference import guided_step
+from tiltscope.kernels.reference import guided_update
 
 SEEDS = [0, 2**40 + 7, 3]
 
@@ -44,7 +44,7 @@ def test_the_columns_are_the_plans():
 def test_a_step_is_the_formula(shape, dtype, rtol):
     arrays, tensors, (keys, index, row, particle) = example(shape, dtype)
     guided = torch.tensor([True, True, False])
-    got = guided_step(*tensors, guided, keys, index, row, particle)
+    got = guided_update(*tensors, guided, keys, index, row, particle)
     for slot in range(len(SEEDS)):
         place = int(row[slot]), int(index[slot]), int(particle[slot])
         expected = by_hand(arrays, slot, bool(guided[slot]), *place, shape)
@@ -56,7 +56,7 @@ def test_a_step_is_the_formula(shape, dtype, rtol):
 def test_an_unguided_slot_ignores_a_gradient_that_is_not_finite():
     _, tensors, addresses = example((4,), torch.float32)
     tensors[2][2] = torch.nan
-    got = guided_step(*tensors, torch.tensor([True, True, False]), *addresses)
+    got = guided_update(*tensors, torch.tensor([True, True, False]), *addresses)
     assert got.finite.tolist() == [True, True, True]
     assert float(got.delta_norm_sq[2]) == 0
 
@@ -66,12 +66,12 @@ def test_an_unguided_slot_ignores_a_gradient_that_is_not_finite():
 def test_a_non_finite_input_is_seen_in_its_own_slot_only(bad, argument):
     _, tensors, addresses = example((4,), torch.float32)
     tensors[argument][1, 2] = bad
-    got = guided_step(*tensors, torch.ones(3, dtype=torch.bool), *addresses)
+    got = guided_update(*tensors, torch.ones(3, dtype=torch.bool), *addresses)
     assert got.finite.tolist() == [True, False, True]
 
 
 def test_no_argument_is_written_to():
     _, tensors, addresses = example((4,), torch.float32)
     before = [each.clone() for each in (*tensors, *addresses)]
-    guided_step(*tensors, torch.ones(3, dtype=torch.bool), *addresses)
+    guided_update(*tensors, torch.ones(3, dtype=torch.bool), *addresses)
     assert all(torch.equal(a, b) for a, b in zip(before, (*tensors, *addresses), strict=True))

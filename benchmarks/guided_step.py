@@ -1,0 +1,178 @@
+"""The guided step on a CPU: torch.compile's fusion of the definition beside the definition itself, line by line; and what each
+moves: operations dispatched and bytes read and written, counted, beside the fused kernel's.
+
+The gate comes first: an implementation that is not the definition, or a sample that its batch mates change, is not timed. Both
+are timed in turns in one process, so that a drifting machine moves both. Exits 1 where the aim is missed: 3 times faster at every
+size, 5 times fewer bytes. Appends a line to results/guided_step.jsonl.
+
+    python benchmarks/guided_step.py        one thread; a few minutes, most of them compiling
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tools"))
+
+import torch  # noqa: E402
+from kernel_cases import GuidedCase, check_guided_step, guided_case  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from tiltscope.kernels import dispatch, reference  # noqa: E402
+
+SIZES = ((1, (3, 64, 64)), (8, (3, 64, 64)), (8, (3, 256, 256)))
+SECONDS, MIN_RUNS = 6.0, 15  # of each size: at least so many turns, and more while there is time
+AIM_SPEED, AIM_BYTES = 3.0, 5.0
+RESULTS = ROOT / "benchmarks" / "results" / "guided_step.jsonl"
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operations that touch memory (views do not) and the bytes of their tensors, each operand once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns):
+            return made
+        self.operations += 1
+        for each in tree_leaves((args, kwargs, made)):
+            if isinstance(each, torch.Tensor):
+                # A broadcast operand is read from what it really is.
+                dense = [size for size, stride in zip(each.shape, each.stride(), strict=True) if stride != 0]
+                self.bytes += torch.Size(dense).numel() * each.element_size()
+        return made
+
+
+def count_unfused(case: GuidedCase) -> tuple[int, int]:
+    """-> (operations, bytes) of the definition, run line by line."""
+    with Traffic() as traffic:
+        reference.guided_step(*case)
+    return traffic.operations, traffic.bytes
+
+
+def fused_bytes(case: GuidedCase) -> int:
+    """What the one fused pass must move: x, D, grad_a, H read, x', H' written, and a slot's own scalars."""
+    pictures = sum(each.numel() * each.element_size() for each in (case.x, case.x0_hat, case.grad_a, case.history))
+    outputs = 2 * case.x.numel() * case.x.element_size()
+    # In: row of the table, num_rows, plan, row, ok, drive, strength, guided, key, index, particle. Out: row, ok, three sums.
+    slots = len(case.row) * (11 * 4 + 6 * 8 + 8 + 2 + 2 * 4 + 8 + 1 + 3 * 4)
+    return pictures + outputs + slots
+
+
+def gate(case: GuidedCase) -> None:
+    """Raises AssertionError where "compiled" is not the definition, or not alone what it is in company."""
+    check_guided_step(compiled(case), case)
+    mixed = case.slots(torch.arange(len(case.row)).flip(0))
+    backwards = compiled(mixed)
+    assert all(torch.equal(mine.flip(0), theirs) for mine, theirs in zip(backwards, compiled(case), strict=True)), (
+        "a sample's numbers depend on its place in the batch"
+    )
+
+
+def compiled(case: GuidedCase) -> reference.GuidedStep:
+    return dispatch.guided_step(*case, implementation="compiled")
+
+
+def plain(case: GuidedCase) -> reference.GuidedStep:
+    return dispatch.guided_step(*case, implementation="reference")
+
+
+def percentiles(taken: list[float]) -> dict[str, float]:
+    ordered = sorted(taken)
+    return {
+        name: ordered[round(share * (len(ordered) - 1))] * 1e3
+        for name, share in (("p20", 0.2), ("p50", 0.5), ("p80", 0.8))
+    }
+
+
+def measure(case: GuidedCase) -> dict[str, Any]:
+    """Milliseconds of both, in turns."""
+    ways: dict[str, Callable[[GuidedCase], object]] = {"reference": plain, "compiled": compiled}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way(case)  # warm
+    end = time.perf_counter() + SECONDS
+    while len(taken["compiled"]) < MIN_RUNS or time.perf_counter() < end:
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way(case)
+            taken[name].append(time.perf_counter() - start)
+    return {name: percentiles(each) for name, each in taken.items()}
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    titles = ("batch", "shape", "reference", "compiled", "faster", "operations", "bytes/element", "fused", "fewer")
+    print("".join(f"{title:>14}" for title in titles))
+    for batch, shape in SIZES:
+        case = guided_case(batch, shape)
+        start = time.perf_counter()
+        compiled(case)
+        build_s = time.perf_counter() - start
+        gate(case)
+        times = measure(case)
+        operations, moved = count_unfused(case)
+        faster = times["reference"]["p50"] / times["compiled"]["p50"]
+        fewer = moved / fused_bytes(case)
+        each = case.x.numel()
+        cells = (
+            *(str(batch), "x".join(map(str, shape))),
+            *(f"{times[name]['p50']:.2f} ms" for name in ("reference", "compiled")),
+            *(
+                f"{faster:.1f}x",
+                str(operations),
+                f"{moved / each:.0f}",
+                f"{fused_bytes(case) / each:.1f}",
+                f"{fewer:.1f}x",
+            ),
+        )
+        print("".join(f"{cell:>14}" for cell in cells))
+        rows.append(
+            {
+                "batch": batch,
+                "shape": list(shape),
+                "ms": times,
+                "faster": faster,
+                "build_s": build_s,
+                "unfused": {"operations": operations, "bytes": moved},
+                "fused": {"launches": 1, "bytes": fused_bytes(case)},
+                "fewer_bytes": fewer,
+            }
+        )
+    _append(rows)
+    missed = [row for row in rows if row["faster"] < AIM_SPEED or row["fewer_bytes"] < AIM_BYTES]
+    return 1 if missed else 0
+
+
+def _append(rows: list[dict[str, Any]]) -> None:
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    line = {
+        "benchmark": "guided_step",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "revision": revision or None,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "machine": {"system": platform.platform(terse=True), "processors": os.cpu_count(), "device": "cpu"},
+        "cases": rows,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as results:
+        results.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
