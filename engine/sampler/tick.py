@@ -1,60 +1,71 @@
 """One tick: every slot of a batch advances by its own row. Look (networks and lift), weigh (particles only), move (the table).
 
-Nothing here asks the device for a value: which graphs a tick needs is known to the host.
+Nothing here asks the device for a value, and no value of the host enters `advance`: which networks a tick runs is known
+beforehand, all else follows from what is on the device. So a tick can be captured once and replayed (replay.py;
+tests/runtime/test_capture_safety.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from tiltscope.engine.sampler.particles import reweigh_after_move, weigh
-from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.sampler.state import (
+    Need,
     Observation,
     Programme,
     Sight,
     SlotState,
+    guided_of,
     per_slot,
     rows_of,
     slots_of,
 )
-from tiltscope.kernels.reference import guided_update
+from tiltscope.kernels.dispatch import guided_step
 
 _NOISE = COLUMNS.index("c")
 
 
 def tick(state: SlotState, programme: Programme) -> tuple[SlotState, Observation]:
     """Advance every slot by its own row; slots that have done their plan, and slots that failed, stay as they are."""
-    sight = look(state, programme)
+    after, seen = advance(state, programme, programme.needs(state.host))
+    active = programme.kinds(state.host) >= 0
+    return replace(after, host=replace(state.host, row=state.host.row + active)), seen
+
+
+def advance(state: SlotState, programme: Programme, needs: Sequence[Need]) -> tuple[SlotState, Observation]:
+    """The device's part of a tick; `host` is not looked at. needs: one a bucket of slots."""
+    sight = look(state, programme, needs)
     if programme.particles > 1:
         state, sight = weigh(state, sight, programme)
     return move(state, sight, programme)
 
 
-def look(state: SlotState, programme: Programme) -> Sight:
+def look(state: SlotState, programme: Programme, needs: Sequence[Need]) -> Sight:
     """The networks on every slot, `programme.bucket` of them a call.
 
-    Each graph kind present runs once over a whole bucket, and every slot takes the outputs of its own kind: a slot's numbers
+    Each graph kind needed runs once over a whole bucket, and every slot takes the outputs of its own kind: a slot's numbers
     come from its own inputs in one fixed batch shape, whatever its batch mates are. With particles an unguided row of a tilted
     slot still reads its feature, for the twist.
     """
-    kinds = programme.kinds(state.host)
-    size = programme.bucket or len(kinds)
+    every = guided_of(state, programme)
+    size = programme.bucket or len(every)
     parts: list[Sight] = []
-    for at in range(0, len(kinds), size):
-        part = slice(at, at + size)
-        kind, slots = kinds[part], slots_of(state, programme, part)
-        guided = torch.from_numpy(kind == GraphKind.GUIDED)
+    for at, need in enumerate(needs):
+        part = slice(at * size, (at + 1) * size)
+        guided, slots = every[part], slots_of(state, programme, part)
         x0_hat = grad = torch.zeros_like(slots.x)
         activation = drive = log_twist = torch.full_like(slots.lam, torch.nan)
         strength = torch.zeros_like(slots.lam)
-        if (unguided := kind == GraphKind.UNGUIDED).any():
+        if need.unguided:
             x0_hat = programme.step.unguided(slots.x, slots.sigma, slots.alpha)
-            if programme.particles > 1 and (unguided & state.host.tilted[part]).any():
+            if need.reads:
                 activation, drive = programme.step.measure(x0_hat, slots.readout)
                 log_twist = slots.energy(drive)
-        if (kind == GraphKind.GUIDED).any():
+        if need.guided:
             push = programme.lift.push(programme.step, slots)
             x0_hat = torch.where(per_slot(guided, slots.x), push.x0_hat, x0_hat)
             activation = torch.where(guided, push.activation, activation)
@@ -68,35 +79,34 @@ def look(state: SlotState, programme: Programme) -> Sight:
 
 def move(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotState, Observation]:
     """x' and H' of the table for every slot that still has a row to do."""
-    row = rows_of(state, programme).to(state.x.dtype)
-    moved = guided_update(
+    dtype, asked = state.x.dtype, programme.kernels
+    x0_hat, grad = (_dense(each) if asked == "triton" else each for each in (sight.x0_hat, sight.grad))
+    moved = guided_step(
         state.x,
-        sight.x0_hat,
-        sight.grad,
+        x0_hat,
+        grad,
         state.history,
-        row,
-        sight.strength,
+        programme.coefficients,
+        programme.num_rows,
+        state.plan,
+        state.row,
+        state.ok,
+        # A drive that is not a number has a gradient of 0 or anything: it counts as a failure of its own.
+        sight.drive.to(dtype),
+        sight.strength.to(dtype),
         sight.guided,
         state.key,
         state.index,
-        state.row,
         state.particle,
+        implementation=asked,
     )
-    kinds = programme.kinds(state.host)
-    active = state.row < programme.num_rows[state.plan]
-    # A drive that is not a number has a gradient of 0 or anything: it counts as a failure of its own.
-    sound = moved.finite & (torch.isfinite(sight.drive) | ~sight.guided)
-    ok = state.ok & (sound | ~active)
-    advance = active & ok
-    here = per_slot(advance, state.x)
-    after = replace(
-        state,
-        x=torch.where(here, moved.x, state.x),
-        history=torch.where(here, moved.history, state.history),
-        row=state.row + advance,
-        ok=ok,
-        host=replace(state.host, row=state.host.row + (kinds >= 0)),
-    )
+    after = replace(state, x=moved.x, history=moved.history, row=moved.row, ok=moved.ok)
     if programme.particles > 1:
-        after = reweigh_after_move(after, moved.z_dot_delta, moved.delta_norm_sq, row[:, _NOISE])
-    return after, Observation(sight.x0_hat, sight.activation, sight.drive, *moved[2:5])
+        noise = rows_of(state, programme)[:, _NOISE].to(dtype)
+        after = reweigh_after_move(after, moved.z_dot_delta, moved.delta_norm_sq, noise)
+    return after, Observation(sight.x0_hat, sight.activation, sight.drive, *moved[4:])
+
+
+def _dense(values: Tensor) -> Tensor:
+    """Each sample in C order, as x is: an expanded or permuted gradient becomes one in memory."""
+    return values.contiguous()
