@@ -25,8 +25,9 @@ from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.feature.poolings import pooling_tensors
 from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.feature.sae import SparseAutoencoder, load_sae
+from tiltscope.engine.feature.trunk import ARCHITECTURES, load_trunk
 from tiltscope.engine.feature.trunk import FILES as TRUNK_FILES
-from tiltscope.engine.feature.trunk import TruncatedViT, load_trunk
+from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.files import VerifiedFolder, read_json
 from tiltscope.engine.pool import Pool
 from tiltscope.engine.prior.load import FILES as PRIOR_FILES
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 DESCRIPTION = "bundle.json"
-TRUNK_KINDS = ("dinov3_vit",)
 SAE_KINDS = ("jumprelu",)
 EVALUATOR_FILES = ("model.safetensors",)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -84,7 +84,7 @@ class Bundle:
         self.identity = "sha256:" + hashlib.sha256((path / DESCRIPTION).read_bytes()).hexdigest()
         self.name: str = self._get(self.meta, "name", str)
         self.files = VerifiedFolder(path, self._get(self.meta, "files", dict))
-        self._trunks: dict[str, TruncatedViT] = {}
+        self._trunks: dict[str, Trunk] = {}
         self._features: dict[str, Feature] = {}
 
     def __repr__(self) -> str:
@@ -156,16 +156,20 @@ class Bundle:
         """The hooks that have a sparse autoencoder."""
         return tuple(self._get(section, "hook", str) for section in self._get(self.meta, "saes", list))
 
-    def trunk(self, hook: str) -> TruncatedViT:
+    def trunk(self, hook: str) -> Trunk:
         """The trunk up to `hook`, float32; the same object each time. Raises ConfigError for a hook it does not have."""
         if hook not in self._trunks:
             section = self._get(self.meta, "trunk", dict)
             kind = self._get(section, "kind", str)
-            if kind not in TRUNK_KINDS:
+            if kind not in ARCHITECTURES:
                 raise BundleError(
-                    f"{self.path / DESCRIPTION}: trunk kind {kind!r} is not known; allowed: {', '.join(TRUNK_KINDS)}"
+                    f"{self.path / DESCRIPTION}: trunk kind {kind!r} is not known; allowed: {', '.join(ARCHITECTURES)}"
                 )
             folder = self.files.subfolder(self._get(section, "path", str), TRUNK_FILES)
+            if (found := read_json(folder / TRUNK_FILES[0]).get("model_type")) != kind:
+                raise BundleError(
+                    f"{self.path / DESCRIPTION}: trunk kind is {kind!r}, but model_type of {folder / TRUNK_FILES[0]} is {found!r}"
+                )
             self._trunks[hook] = load_trunk(folder, hook, image_size=(self.shape[1], self.shape[2]))
         return self._trunks[hook]
 
@@ -279,7 +283,7 @@ class Bundle:
             return self.sae(hook).latents(trunk(x0), trunk)
 
 
-def _linear_readout(direction: Float[Tensor, "width"], trunk: TruncatedViT, pooling: str | None) -> Readout:
+def _linear_readout(direction: Float[Tensor, "width"], trunk: Trunk, pooling: str | None) -> Readout:
     """One row without bias or threshold: drive and activation are the same."""
     mixture, mask = pooling_tensors(pooling, grid=trunk.grid, num_prefix_tokens=trunk.num_prefix_tokens)
     return Readout(

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiltscope.engine.errors import ExportError
 from tiltscope.engine.feature.readout import Readout, read
-from tiltscope.engine.feature.trunk import TruncatedViT
+from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.prior.network import NetworkDenoiser
 from tiltscope.engine.runtime.conditioning import CONDITIONING
 from tiltscope.export.decompositions import plain_upsampling, table
@@ -51,7 +51,7 @@ class _Given(nn.Module):
 class StepNetworks(nn.Module):
     """The two networks of a step, and its graphs as methods of their names. Parameters take no gradient."""
 
-    def __init__(self, denoiser: NetworkDenoiser, trunk: TruncatedViT) -> None:
+    def __init__(self, denoiser: NetworkDenoiser, trunk: Trunk) -> None:
         super().__init__()
         self.network: Any = copy.deepcopy(denoiser.network)
         if not hasattr(self.network, "time_proj"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.address import FeatureAddress
 from tiltscope.engine.feature.readout import Readout, read, token_map
-from tiltscope.engine.feature.trunk import TruncatedViT
+from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.trial import check_name, trial_values
 
 Activation = Callable[[Tensor], Tensor]
@@ -51,14 +51,14 @@ class Feature:
         self.address: FeatureAddress | None = None
         self.terms: tuple[tuple[float, FeatureAddress], ...] = ()
         self.readout: Readout | None = None
-        self.trunk: TruncatedViT | None = None
+        self.trunk: Trunk | None = None
         self.pool: Any = None
         self._siblings: dict[torch.dtype, Feature] = {}
 
     @classmethod
     def from_readout(
         cls,
-        trunk: TruncatedViT,
+        trunk: Trunk,
         readout: Readout,
         *,
         name: str,
@@ -123,7 +123,7 @@ class Feature:
             self._siblings[dtype] = self._sibling(self.trunk.in_dtype(dtype), self.readout.to(wide))
         return self._siblings[dtype]
 
-    def _sibling(self, trunk: TruncatedViT, readout: Readout) -> "Feature":
+    def _sibling(self, trunk: Trunk, readout: Readout) -> "Feature":
         sibling = Feature.from_readout(
             trunk, readout, name=self.name, identity=self.identity, terms=self.terms, pool=self.pool
         )

@@ -14,7 +14,7 @@ from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.feature.address import DEFAULT_POOLING
 from tiltscope.engine.feature.poolings import pooling_tensors
 from tiltscope.engine.feature.readout import Readout, pool_latents
-from tiltscope.engine.feature.trunk import TruncatedViT
+from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.files import read_tensors
 
 CHUNK = 512  # latents at a time: [64, 512, 69] float32 is 9 MB
@@ -32,7 +32,7 @@ class SparseAutoencoder:
     def num_latents(self) -> int:
         return self.weight.shape[0]
 
-    def readout(self, latents: slice, trunk: TruncatedViT, *, pooling: str | None = DEFAULT_POOLING) -> Readout:
+    def readout(self, latents: slice, trunk: Trunk, *, pooling: str | None = DEFAULT_POOLING) -> Readout:
         """The rows `latents` as one readout [1, K, ...] of weight 1."""
         weight = self.weight[latents]
         mixture, mask = pooling_tensors(pooling, grid=trunk.grid, num_prefix_tokens=trunk.num_prefix_tokens)
@@ -48,7 +48,7 @@ class SparseAutoencoder:
 
     @torch.no_grad()
     def latents(
-        self, tokens: Float[Tensor, "batch tokens width"], trunk: TruncatedViT, *, pooling: str | None = DEFAULT_POOLING
+        self, tokens: Float[Tensor, "batch tokens width"], trunk: Trunk, *, pooling: str | None = DEFAULT_POOLING
     ) -> Float[Tensor, "batch latents"]:
         """Pooled activations of ALL latents, by the very code that sampling reads one with. No gradient."""
         chunks = (slice(start, start + CHUNK) for start in range(0, self.num_latents, CHUNK))
