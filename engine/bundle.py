@@ -22,12 +22,12 @@ from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.feature.address import FeatureAddress, parse
 from tiltscope.engine.feature.direction import load_direction
 from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.feature.poolings import pooling_tensors
 from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.feature.sae import SparseAutoencoder, load_sae
 from tiltscope.engine.feature.trunk import ARCHITECTURES, load_trunk
 from tiltscope.engine.feature.trunk import FILES as TRUNK_FILES
-from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.files import VerifiedFolder, read_json
 from tiltscope.engine.pool import Pool
 from tiltscope.engine.prior.load import FILES as PRIOR_FILES
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 DESCRIPTION = "bundle.json"
-SAE_KINDS = ("jumprelu",)
 EVALUATOR_FILES = ("model.safetensors",)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -85,6 +84,7 @@ class Bundle:
         self.name: str = self._get(self.meta, "name", str)
         self.files = VerifiedFolder(path, self._get(self.meta, "files", dict))
         self._trunks: dict[str, Trunk] = {}
+        self._rescaled: dict[str, Trunk] = {}
         self._features: dict[str, Feature] = {}
 
     def __repr__(self) -> str:
@@ -173,6 +173,14 @@ class Bundle:
             self._trunks[hook] = load_trunk(folder, hook, image_size=(self.shape[1], self.shape[2]))
         return self._trunks[hook]
 
+    def _sae_trunk(self, hook: str) -> Trunk:
+        """What the autoencoder at `hook` reads: the trunk, or the one with rescaled tokens."""
+        if not self.sae(hook).rescales:
+            return self.trunk(hook)
+        if hook not in self._rescaled:
+            self._rescaled[hook] = self.trunk(hook).rescaled()
+        return self._rescaled[hook]
+
     @cached_property
     def _saes(self) -> dict[str, SparseAutoencoder]:
         return {}
@@ -185,16 +193,12 @@ class Bundle:
             )
         if hook not in self._saes:
             section = self.meta["saes"][self.sae_hooks.index(hook)]
-            kind = self._get(section, "kind", str)
-            if kind not in SAE_KINDS:
-                raise BundleError(
-                    f"{self.path / DESCRIPTION}: sae kind {kind!r} is not known; allowed: {', '.join(SAE_KINDS)}"
-                )
-            sae = load_sae(self.files.file(self._get(section, "path", str), "sae.safetensors"))
-            if sae.weight.shape[1] != self.trunk(hook).width:
-                raise BundleError(
-                    f"the autoencoder of {hook} reads {sae.weight.shape[1]} channels, the trunk has {self.trunk(hook).width}"
-                )
+            sae = load_sae(
+                self.files.file(self._get(section, "path", str), "sae.safetensors"),
+                kind=self._get(section, "kind", str),
+                token_length=section.get("token_length", "as_is"),
+            )
+            sae.check_trunk(self.trunk(hook))
             self._saes[hook] = sae
         return self._saes[hook]
 
@@ -221,6 +225,7 @@ class Bundle:
         elif address.kind == "sae":
             sae = self.sae(address.hook)
             sae.check_index(address.index, address.hook)
+            trunk = self._sae_trunk(address.hook)
             readout = sae.readout(slice(address.index, address.index + 1), trunk, pooling=address.pooling)
         else:
             if address.index >= trunk.width:
@@ -228,6 +233,9 @@ class Bundle:
             unit = torch.zeros(trunk.width)
             unit[address.index] = 1.0
             readout = _linear_readout(unit, trunk, address.pooling)
+        if trunk.hook in self.sae_hooks and self.sae(trunk.hook).window:
+            # One form of readout a hook: then its features add, and one graph serves them all.
+            readout = readout.as_window(self.sae(trunk.hook).window, trunk.grid)
         return Feature.from_readout(
             trunk, readout, name=str(address), identity=identity, terms=[(1.0, address)], pool=self.pool
         )
@@ -278,7 +286,7 @@ class Bundle:
 
     def latents(self, x0: Float[Tensor, "batch 3 height width"], hook: str) -> Float[Tensor, "batch latents"]:
         """Pooled (centre) activations of ALL latents of the hook's autoencoder, float32, by the code that sampling runs."""
-        trunk = self.trunk(hook)
+        trunk = self._sae_trunk(hook)
         with torch.no_grad():
             return self.sae(hook).latents(trunk(x0), trunk)
 

@@ -28,8 +28,8 @@ from torch.fx.graph_module import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiltscope.engine.errors import ExportError
-from tiltscope.engine.feature.readout import Readout, read
 from tiltscope.engine.feature.hooked import Trunk
+from tiltscope.engine.feature.readout import Readout, read
 from tiltscope.engine.prior.network import NetworkDenoiser
 from tiltscope.engine.runtime.conditioning import CONDITIONING
 from tiltscope.export.decompositions import plain_upsampling, table

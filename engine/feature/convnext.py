@@ -1,7 +1,7 @@
 """A DINOv3 ConvNeXt up to one hooked layer, in plain torch, with transformers' parameter names.
 
     block(h):  h + gamma * (W2 gelu(W1 LayerNorm(depthwise7x7(h))))        h [batch, channel, height, width], products per place
-    stage S:   LayerNorm over channels, then a 2x2 convolution of stride 2 (stage 0: a 4x4 convolution of stride 4, then LayerNorm)
+    stage S:   LayerNorm over channels, then a 2x2 convolution of stride 2 (stage 0: 4x4 of stride 4, then LayerNorm)
 
 Own definitions for the reasons of vit.py. tests/feature/test_convnext.py holds them equal to transformers' DINOv3ConvNextModel.
 Source: DINOv3 (arXiv:2508.10104); ConvNeXt (arXiv:2201.03545).

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.address import FeatureAddress
-from tiltscope.engine.feature.readout import Readout, read, token_map
 from tiltscope.engine.feature.hooked import Trunk
+from tiltscope.engine.feature.readout import Readout, read, token_map
 from tiltscope.engine.trial import check_name, trial_values
 
 Activation = Callable[[Tensor], Tensor]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tiltscope.engine.errors import ConfigError
 
+LEAST_MEAN_SQUARE = 1e-12
+
 
 class Trunk(nn.Module):
     """x0 -> tokens [batch, prefix + gh gw, width] at one hook; later layers are never built.
@@ -23,6 +25,7 @@ class Trunk(nn.Module):
     `tokens(pixels)`; tables that are values rather than weights are made in `_set_tables`, anew for each dtype.
 
     hook, width; grid = (gh, gw); num_prefix_tokens; image_size = (h, w) pixels; input_shape of one sample.
+    rescales: whether tokens are brought to one length (`rescaled`).
     """
 
     mean: Tensor
@@ -43,6 +46,7 @@ class Trunk(nn.Module):
         self.hook, self.width = hook, width
         self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
         self.image_size = image_size
+        self.rescales = False
         self._mean, self._std = tuple(mean), tuple(std)
         # One sibling a dtype, shared by all of them, so that every feature of a hook runs the same module.
         self._siblings: dict[torch.dtype, Self] = {}
@@ -76,7 +80,20 @@ class Trunk(nn.Module):
             raise ConfigError(
                 f"the trunk reads pictures [batch, 3, {self.image_size[0]}, {self.image_size[1]}]; got {list(x0.shape)}"
             )
-        return self.tokens(((x0.to(self.dtype) + 1) / 2 - self.mean) / self.std)
+        tokens = self.tokens(((x0.to(self.dtype) + 1) / 2 - self.mean) / self.std)
+        if not self.rescales:
+            return tokens
+        # The least mean square keeps the derivative of a token of zeros finite.
+        return tokens * torch.rsqrt((tokens * tokens).mean(dim=-1, keepdim=True) + LEAST_MEAN_SQUARE)
+
+    def rescaled(self) -> Self:
+        """This trunk with tokens of length sqrt(width), token sqrt(width)/|token|: how some autoencoders read a hook.
+
+        It shares the weights, and is another trunk: its features do not add to those of this one.
+        """
+        other = copy.copy(self)
+        other.hook, other.rescales, other._siblings = f"{self.hook} (tokens of one length)", True, {}
+        return other
 
     def in_dtype(self, dtype: torch.dtype) -> Self:
         """This trunk with its weights in dtype; self is not changed, and asking twice gives the same module.

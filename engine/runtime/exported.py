@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tiltscope.engine.errors import RunnerError
 from tiltscope.engine.feature.feature import Feature
-from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.feature.hooked import Trunk
+from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.prior.network import NetworkDenoiser
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime.conditioning import CONDITIONING, conditioning
