@@ -133,6 +133,7 @@ class Bundle:
             kind=self._get(section, "kind", str),
             shape=self.shape,
             pixel_unshuffle=self._get(section, "pixel_unshuffle", int),
+            stated=section,
         )
         weights = self.files.digest(path, PRIOR_FILES[1])
         return Prior.from_network(

@@ -75,6 +75,90 @@ def write_vit(folder: Path, **changes: Any) -> Any:
     return model
 
 
+# ADM's form: residual blocks that scale and shift by time and resample themselves, attention inside, twice the channels out.
+ADM = {
+    "sample_size": SIDE,
+    "in_channels": 3,
+    "out_channels": 6,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "resnet_time_scale_shift": "scale_shift",
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+}
+LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+
+
+def write_unet(folder: Path, scheduler: Any = None, **changes: Any) -> Any:
+    """A UNet2DModel, ADM's unless told otherwise, and its scheduler (default: ADM's)."""
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    model = fill(_made(UNet2DModel, **(ADM | changes)))
+    model.save_pretrained(folder)
+    (scheduler or DDPMScheduler(**LINEAR, variance_type="learned_range")).save_pretrained(folder)
+    return model
+
+
+DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 10,
+}
+
+
+def write_dit(folder: Path, scheduler: Any = None, **changes: Any) -> Any:
+    """A DiTTransformer2DModel and its scheduler (default: DiT's own, DDIM on a linear schedule)."""
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+    model = fill(_made(DiTTransformer2DModel, **(DIT | changes)))
+    model.save_pretrained(folder)
+    (scheduler or DDIMScheduler(**LINEAR)).save_pretrained(folder)
+    return model
+
+
+KL = {
+    "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+    "block_out_channels": (8, 12),
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "scaling_factor": 0.18215,
+}
+
+
+def write_kl(folder: Path, **changes: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    model = fill(_made(AutoencoderKL, **(KL | changes)))
+    model.save_pretrained(folder)
+    return model
+
+
+TINY_AUTOENCODER = {
+    "encoder_block_out_channels": (6, 8),
+    "decoder_block_out_channels": (8, 6),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+}
+
+
+def write_tiny_autoencoder(folder: Path, **changes: Any) -> Any:
+    from diffusers import AutoencoderTiny
+
+    model = fill(_made(AutoencoderTiny, **(TINY_AUTOENCODER | changes)))
+    model.save_pretrained(folder)
+    return model
+
+
 def normalised(x0: Tensor) -> Tensor:
     """What transformers' models take."""
     mean, std = (torch.tensor(v, dtype=x0.dtype).view(1, 3, 1, 1) for v in (MEAN, STD))

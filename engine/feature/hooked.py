@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tiltscope.engine.errors import ConfigError
 
+CPU = torch.device("cpu")
 LEAST_MEAN_SQUARE = 1e-12
 
 
@@ -48,8 +49,8 @@ class Trunk(nn.Module):
         self.image_size = image_size
         self.rescales = False
         self._mean, self._std = tuple(mean), tuple(std)
-        # One sibling a dtype, shared by all of them, so that every feature of a hook runs the same module.
-        self._siblings: dict[torch.dtype, Self] = {}
+        # One sibling a dtype and device, shared by all of them, so that every feature of a hook runs the same module.
+        self._siblings: dict[tuple[torch.dtype, torch.device], Self] = {}
 
     def _set_tables(self, dtype: torch.dtype) -> None:
         # On the CPU even when the parameters are being built on the meta device: these are values, not weights to be loaded.
@@ -95,17 +96,23 @@ class Trunk(nn.Module):
         other.hook, other.rescales, other._siblings = f"{self.hook} (tokens of one length)", True, {}
         return other
 
-    def in_dtype(self, dtype: torch.dtype) -> Self:
-        """This trunk with its weights in dtype; self is not changed, and asking twice gives the same module.
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def in_dtype(self, dtype: torch.dtype, device: torch.device = CPU) -> Self:
+        """This trunk with its weights in dtype on device; self is not changed, and asking twice gives the same module.
 
         Weights are cast from the float32 ones that were loaded; tables are computed anew (float64 gets float64 tables).
         """
-        self._siblings.setdefault(torch.float32, self)
-        if dtype not in self._siblings:
-            source = self._siblings[torch.float32]
+        loaded, wanted = (torch.float32, CPU), (dtype, device)
+        self._siblings.setdefault(loaded, self)
+        if wanted not in self._siblings:
+            source = self._siblings[loaded]
             siblings, source._siblings = source._siblings, {}
             sibling = copy.deepcopy(source).to(dtype)
             sibling._set_tables(dtype)
+            sibling.to(device)
             source._siblings = sibling._siblings = siblings
-            siblings[dtype] = sibling
-        return self._siblings[dtype]
+            siblings[wanted] = sibling
+        return self._siblings[wanted]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.feature.convnext import ConvNeXtConfig, TruncatedConvNeXt
+from tiltscope.engine.feature.hooked import CPU as CPU
 from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.feature.vit import Block, Embeddings, ViTConfig, rope_tables
 from tiltscope.engine.files import read_json, read_tensors, tensor_names
