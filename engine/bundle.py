@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.feature.address import FeatureAddress, parse
+from tiltscope.engine.feature.decoded import DecodedTrunk
 from tiltscope.engine.feature.direction import load_direction
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.feature.hooked import Trunk
@@ -30,6 +31,8 @@ from tiltscope.engine.feature.trunk import ARCHITECTURES, load_trunk
 from tiltscope.engine.feature.trunk import FILES as TRUNK_FILES
 from tiltscope.engine.files import VerifiedFolder, read_json
 from tiltscope.engine.pool import Pool
+from tiltscope.engine.prior.decoder import FILES as DECODER_FILES
+from tiltscope.engine.prior.decoder import Decoder, load_decoder
 from tiltscope.engine.prior.load import FILES as PRIOR_FILES
 from tiltscope.engine.prior.load import load_denoiser
 from tiltscope.engine.prior.prior import Prior
@@ -136,9 +139,28 @@ class Bundle:
             stated=section,
         )
         weights = self.files.digest(path, PRIOR_FILES[1])
+        identity = f"sha256:{weights}"
+        if self.decoder is not None:
+            # Two bundles with one denoiser and different decoders draw different pictures.
+            decoder = self.files.digest(self._get(section["decoder"], "path", str), DECODER_FILES[1])
+            identity = "sha256:" + hashlib.sha256(f"{weights} {decoder}".encode()).hexdigest()
         return Prior.from_network(
-            denoiser, shape=self.shape, name=self.name, identity=f"sha256:{weights}", pool=self.pool
+            denoiser, shape=self.shape, name=self.name, identity=identity, pool=self.pool, decoder=self.decoder
         )
+
+    @cached_property
+    def decoder(self) -> Decoder | None:
+        """What makes pictures of the prior's latents; None where its samples are pictures."""
+        section = self._get(self.meta, "prior", dict)
+        if "decoder" not in section:
+            return None
+        path = self._get(self._get(section, "decoder", dict), "path", str)
+        return load_decoder(self.files.subfolder(path, DECODER_FILES), shape=self.shape)
+
+    @property
+    def picture_shape(self) -> tuple[int, ...]:
+        """[3, height, width] of a picture of the prior and of the pool."""
+        return self.shape if self.decoder is None else self.decoder.picture_shape
 
     @cached_property
     def pool(self) -> Pool:
@@ -148,7 +170,7 @@ class Bundle:
             self.files,
             self._get(section, "path", str),
             num=self._get(section, "num", int),
-            shape=self.shape,
+            shape=self.picture_shape,
             hooks=self.sae_hooks,
         )
 
@@ -171,8 +193,21 @@ class Bundle:
                 raise BundleError(
                     f"{self.path / DESCRIPTION}: trunk kind is {kind!r}, but model_type of {folder / TRUNK_FILES[0]} is {found!r}"
                 )
-            self._trunks[hook] = load_trunk(folder, hook, image_size=(self.shape[1], self.shape[2]))
+            size = self._image_size(section)
+            trunk = load_trunk(folder, hook, image_size=size)
+            if self.decoder is not None or self.shape[1:] != size:
+                trunk = DecodedTrunk(trunk, shape=self.shape, decoder=self.decoder)
+            self._trunks[hook] = trunk
         return self._trunks[hook]
+
+    def _image_size(self, section: Mapping[str, Any]) -> tuple[int, int]:
+        """[height, width] that the trunk reads: its own image_size in bundle.json, else the pictures'."""
+        size = section.get("image_size", list(self.picture_shape[1:]))
+        if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+            raise BundleError(
+                f"{self.path / DESCRIPTION}: trunk.image_size must be two positive whole numbers, got {size!r}"
+            )
+        return size[0], size[1]
 
     def _sae_trunk(self, hook: str) -> Trunk:
         """What the autoencoder at `hook` reads: the trunk, or the one with rescaled tokens."""

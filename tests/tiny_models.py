@@ -144,8 +144,8 @@ def write_kl(folder: Path, **changes: Any) -> Any:
 
 
 TINY_AUTOENCODER = {
-    "encoder_block_out_channels": (6, 8),
-    "decoder_block_out_channels": (8, 6),
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
     "num_encoder_blocks": (1, 1),
     "num_decoder_blocks": (1, 1),
 }
