@@ -21,8 +21,10 @@ from tiltscope.kernels.errors import ConfigError, RunnerError, TiltscopeError
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "CalibrationError",
     "ConfigError",
+    "DeadlineError",
     "ExportError",
     "NonFiniteError",
     "ParityError",

@@ -370,7 +370,7 @@ def _starting_picture(prior: Prior, path: str) -> Float[Tensor, "channel height 
     """The picture in `path` as x0, cut to the prior's shape around its middle and resized. Raises ConfigError."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if not prior.pictures:
+    if not prior.pictures or prior.decoder is not None:
         raise ConfigError(f"start: this prior's samples are {list(prior.shape)}, no pictures; leave start out")
     try:
         with Image.open(path) as opened:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.address import FeatureAddress
+from tiltscope.engine.feature.hooked import CPU, Trunk
 from tiltscope.engine.feature.readout import Readout, read, token_map
-from tiltscope.engine.feature.trunk import CPU, TruncatedViT
 from tiltscope.engine.trial import check_name, trial_values
 
 Activation = Callable[[Tensor], Tensor]
@@ -51,14 +51,14 @@ class Feature:
         self.address: FeatureAddress | None = None
         self.terms: tuple[tuple[float, FeatureAddress], ...] = ()
         self.readout: Readout | None = None
-        self.trunk: TruncatedViT | None = None
+        self.trunk: Trunk | None = None
         self.pool: Any = None
         self._siblings: dict[tuple[torch.dtype, torch.device], Feature] = {}
 
     @classmethod
     def from_readout(
         cls,
-        trunk: TruncatedViT,
+        trunk: Trunk,
         readout: Readout,
         *,
         name: str,
@@ -124,7 +124,7 @@ class Feature:
             self._siblings[wanted] = self._sibling(self.trunk.in_dtype(*wanted), self.readout.to(wide, device))
         return self._siblings[wanted]
 
-    def _sibling(self, trunk: TruncatedViT, readout: Readout) -> "Feature":
+    def _sibling(self, trunk: Trunk, readout: Readout) -> "Feature":
         sibling = Feature.from_readout(
             trunk, readout, name=self.name, identity=self.identity, terms=self.terms, pool=self.pool
         )
@@ -185,7 +185,7 @@ def check_activation(feature: Feature, shape: Sequence[int], dtype: torch.dtype)
     cannot be differentiated, gives NaN for every sample, or (a trunk's) reads pictures of another shape.
     """
     if feature.trunk is not None:
-        expected = (3, *feature.trunk.image_size)
+        expected = feature.trunk.input_shape
         if tuple(shape) != expected:
             raise ConfigError(
                 f"feature {feature.name} reads samples of shape {expected}, the prior's are {tuple(shape)}"
