@@ -18,12 +18,13 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import tyro
-from measuring import append_result
 
 import tiltscope
+from tiltscope.engine.bench.machine import append_result
 from tiltscope.engine.calibration import calibrate_on_sampler
 from tiltscope.engine.config import ExplainConfig
 from tiltscope.engine.explain import Inquiry, inquire
@@ -46,6 +47,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "tilt": {"preset": "calibrated"},
     "25 rows": {"preset": "fast"},
 }
+RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,7 @@ def main(config: Config) -> None:
         if not todo:
             break
     rows = {name: table_row(*done[name]) for name in STAGES}
-    append_result("ablation", feature=config.feature, prior=bundle.prior.identity, num=config.num, rows=rows)
+    append_result(RESULTS, "ablation", feature=config.feature, prior=bundle.prior.identity, num=config.num, rows=rows)
     print_table(rows)
 
 

@@ -18,14 +18,15 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from measuring import append_result
 
 import tiltscope
+from tiltscope.engine.bench.machine import append_result
 from tiltscope.engine.tilt.worlds import GaussianWorld
 
 BATCH = 8
@@ -33,6 +34,7 @@ FEATURES = tuple(f"blocks.5:sae:{index}" for index in (1169, 131, 1860, 1839, 87
 SOLVERS = ("ddpm", "ddim(eta=0.5)", "dpmpp_2m_sde")
 LOADS = (0.5, 0.7, 0.9)
 Asked = tuple[Any, dict[str, Any]]
+RESULTS = Path(__file__).parent / "results" / "batching.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +169,7 @@ def run_stub() -> dict[str, Any]:
 
 def main(config: Config) -> None:
     facts = run_stub() if config.stub else run_bundle(config)
-    append_result("batching", stub=config.stub, num=config.num, threads=torch.get_num_threads(), **facts)
+    append_result(RESULTS, "batching", stub=config.stub, num=config.num, threads=torch.get_num_threads(), **facts)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,20 @@ errors of ascent and fresh mean together. Appends a line to results/calibration.
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import tyro
-from measuring import append_result
 
 import tiltscope
+from tiltscope.engine.bench.machine import append_result
 from tiltscope.engine.calibration import calibrate_on_sampler
 from tiltscope.engine.config import ExplainConfig
 from tiltscope.engine.explain import inquire
 from tiltscope.engine.samples import join
 
 KEPT = 0.02
+RESULTS = Path(__file__).parent / "results" / "calibration.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ def main(config: Config) -> None:
             f"lambda {row['lam']:.3g} ({row['origin']}; pool {row['pool_lam']:.3g}): {'kept' if row['kept'] else 'NOT KEPT'}",
             flush=True,
         )
-    append_result("calibration", prior=bundle.prior.identity, num=config.num, seed=config.seed, rows=rows)
+    append_result(RESULTS, "calibration", prior=bundle.prior.identity, num=config.num, seed=config.seed, rows=rows)
     print(f"{sum(row['kept'] for row in rows)} of {len(rows)} kept")
 
 
