@@ -5,6 +5,7 @@
     update       the fused update of a row alone: its implementations beside the definition
     throughput   guided rows a second over the batch: where sharing stops paying
     host         what the sampler costs around the networks: rows of a denoiser without cost
+    latent       one latent of the published convolutional autoencoder (768 -> 12,288, 7x7) beside its whole encoder; 2 GB
 
 Whatever is timed has first been held to the reference's numbers; what differs is reported and not timed.
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tiltscope.engine.bench.machine import copy_gb_s, matmul_gflops
@@ -24,6 +26,8 @@ from tiltscope.engine.bench.timing import Timing, Way, interleave
 from tiltscope.engine.bundle import Bundle
 from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import ConfigError, RunnerError
+from tiltscope.engine.feature.poolings import pooling_tensors
+from tiltscope.engine.feature.readout import Readout, pool, read
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime.step import Step, StepOutput, TorchStep
 from tiltscope.engine.sample import prepare
@@ -36,6 +40,8 @@ from tiltscope.kernels.philox import normal
 GATES = {"x0_hat": 1e-4, "drive": 1e-4, "grad_a": 1e-3}
 # RMS over a picture, after so many guided rows that rounding has grown (design: 1e-3 across batch sizes).
 PICTURE_GATE = 1e-2
+# Relative: a sum over 37,632 products, in another order.
+LATENT_GATE = 1e-5
 LEVEL = 400
 
 
@@ -185,12 +191,54 @@ def host(options: Options) -> Iterator[Line]:
         )
 
 
+# The published autoencoder (method 2): its width, its latents, its window, and the grid it reads.
+PUBLISHED_ENCODER = (768, 12288, 7, 16)
+
+
+def latent(options: Options, encoder: tuple[int, int, int, int] = PUBLISHED_ENCODER) -> Iterator[Line]:
+    """One latent's activation and its gradient with respect to the tokens: its own row, or the encoder whole."""
+    width, latents, window, grid = encoder
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, grid * grid, width, generator=generator, requires_grad=True)
+    weight = torch.randn(latents, width, window, window, generator=generator) / (width**0.5 * window)
+    bias, chosen = torch.zeros(latents), latents // 3
+    mixture, mask = pooling_tensors("centre", grid=(grid, grid), num_prefix_tokens=0)
+    own = Readout(
+        direction=weight[None, chosen : chosen + 1],
+        bias=bias[None, chosen : chosen + 1],
+        threshold=torch.zeros(1, 1),
+        weight=torch.ones(1, 1),
+        pooling=mixture.expand(1, 1, 3),
+        mask=mask.view(1, 1, grid, grid),
+    )
+
+    def whole() -> tuple[Tensor, Tensor]:
+        picture = tokens.transpose(1, 2).unflatten(2, (grid, grid))
+        every = F.conv2d(picture, weight, bias, padding=window // 2).relu()
+        a = pool(every[:, chosen].flatten(1)[:, None], own.pooling, mask.view(1, 1, -1))[:, 0]
+        return a.detach(), torch.autograd.grad(a.sum(), tokens)[0]
+
+    def row() -> tuple[Tensor, Tensor]:
+        a = read(tokens, own)[0]
+        return a.detach(), torch.autograd.grad(a.sum(), tokens)[0]
+
+    setting = f"{width} -> {latents}, {window}x{window}, {grid}x{grid}"
+    for name, got, wanted in zip(("activation", "gradient"), row(), whole(), strict=True):
+        error = float((got - wanted).norm() / wanted.norm())
+        if not error <= LATENT_GATE:
+            why = f"{name} differs from the whole encoder's by {error:.1e}, allowed {LATENT_GATE:.0e}"
+            yield Line(case="latent", setting=setting, way="row", timing=None, refused=why)
+            return
+    yield from lines("latent", setting, {"encoder": whole, "row": row}, options)
+
+
 CASES: dict[str, Callable[[Options], Iterator[Line]]] = {
     "row": row,
     "picture": picture,
     "update": update,
     "throughput": throughput,
     "host": host,
+    "latent": latent,
 }
 
 

@@ -12,6 +12,7 @@ from tiltscope.engine.bench.plain import PlainStep
 from tiltscope.engine.bench.timing import interleave
 from tiltscope.engine.cli.main import run
 from tiltscope.engine.errors import ConfigError
+from tiltscope.engine.feature.readout import read
 from tiltscope.engine.runtime.step import TorchStep
 
 FEATURE = "blocks.1:sae:3"
@@ -60,6 +61,18 @@ def test_a_case_times_every_way_beside_its_baseline(options, case):
     if case != "host":
         assert lines[0].faster is None
         assert lines[1].faster == lines[0].timing.p50 / lines[1].timing.p50
+
+
+def test_one_row_of_a_convolutional_encoder_is_its_latent(options):
+    lines = list(cases.latent(options, encoder=(8, 24, 3, 6)))
+    assert [line.way for line in lines] == ["encoder", "row"]
+    assert lines[1].refused is None
+
+
+def test_another_row_than_the_encoders_is_not_timed(options, monkeypatch):
+    monkeypatch.setattr(cases, "read", lambda tokens, own: (1.001 * read(tokens, own)[0], None))
+    (line,) = cases.latent(options, encoder=(8, 24, 3, 6))
+    assert "activation differs" in line.refused
 
 
 def test_what_differs_from_the_reference_is_not_timed(options, monkeypatch):
