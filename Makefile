@@ -8,6 +8,7 @@
 #   make wheel-check               the wheel, from a clean archive, in a clean environment
 #   make figures                   the README's picture, and those of docs/method.md
 #   make comparison                the plot of samplers and rivals in docs/method.md
+#   make kernel-table              what every Triton kernel takes on every target, into docs/kernels.md
 #   make train                     how the embedded models were made (hours)
 #   make bundle-report             measure the embedded bundle anew, and write its figures and its card
 
@@ -24,7 +25,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo figures comparison test test-slow lint types bench wheel-check train bundle-report clean shards
+.PHONY: demo figures comparison kernel-table test test-slow lint types bench wheel-check train bundle-report clean shards
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -70,6 +71,11 @@ types: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(RUN) benchmarks/import_time.py
+	$(RUN) benchmarks/guided_step.py
+
+# Compiled ahead of time for six targets, without a device: some minutes.
+kernel-table: $(VENV)/.installed-dev
+	$(RUN) tools/kernel_table.py
 
 wheel-check: $(VENV)/.installed-dev
 	$(RUN) tools/wheel_check.py
