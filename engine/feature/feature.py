@@ -15,7 +15,7 @@ from torch import Tensor
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.address import FeatureAddress
 from tiltscope.engine.feature.readout import Readout, read, token_map
-from tiltscope.engine.feature.trunk import TruncatedViT
+from tiltscope.engine.feature.trunk import CPU, TruncatedViT
 from tiltscope.engine.trial import check_name, trial_values
 
 Activation = Callable[[Tensor], Tensor]
@@ -53,7 +53,7 @@ class Feature:
         self.readout: Readout | None = None
         self.trunk: TruncatedViT | None = None
         self.pool: Any = None
-        self._siblings: dict[torch.dtype, Feature] = {}
+        self._siblings: dict[tuple[torch.dtype, torch.device], Feature] = {}
 
     @classmethod
     def from_readout(
@@ -110,18 +110,19 @@ class Feature:
             tokens = token_map(self.trunk(x0), self.readout)
         return tokens[:, self.trunk.num_prefix_tokens :].unflatten(1, self.trunk.grid)
 
-    def to(self, dtype: torch.dtype) -> "Feature":
-        """This feature with its trunk and readout in dtype (the same object each time; a custom one is itself).
+    def to(self, dtype: torch.dtype, device: torch.device = CPU) -> "Feature":
+        """This feature with its trunk and readout in dtype on device (the same object each time; a custom one is itself).
 
         In 16-bit dtypes the trunk alone is narrowed: readouts are float32 at least.
         """
-        if self.trunk is None or self.readout is None or self.trunk.dtype == dtype:
+        wanted = (dtype, device)
+        if self.trunk is None or self.readout is None or (self.trunk.dtype, self.trunk.device) == wanted:
             return self
-        if dtype not in self._siblings:
-            self._siblings.setdefault(self.trunk.dtype, self)
+        if wanted not in self._siblings:
+            self._siblings.setdefault((self.trunk.dtype, self.trunk.device), self)
             wide = torch.promote_types(dtype, torch.float32)
-            self._siblings[dtype] = self._sibling(self.trunk.in_dtype(dtype), self.readout.to(wide))
-        return self._siblings[dtype]
+            self._siblings[wanted] = self._sibling(self.trunk.in_dtype(*wanted), self.readout.to(wide, device))
+        return self._siblings[wanted]
 
     def _sibling(self, trunk: TruncatedViT, readout: Readout) -> "Feature":
         sibling = Feature.from_readout(

@@ -73,9 +73,9 @@ class Readout:
         """factor * feature."""
         return Readout(self.direction, self.bias, self.threshold, self.weight * factor, self.pooling, self.mask)
 
-    def to(self, dtype: torch.dtype) -> "Readout":
-        """Every floating tensor in dtype."""
-        return self._map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Readout":
+        """Every floating tensor in dtype, all of them on device (None: where they are)."""
+        return self._map(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))
 
     def pad(self, num_rows: int) -> "Readout":
         """num_rows rows in all; the added ones have weight 0 and read 0 for every picture."""

@@ -18,6 +18,7 @@ from tiltscope.engine.files import read_json, read_tensors
 
 CONFIG, WEIGHTS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 FILES = (CONFIG, WEIGHTS, PREPROCESSOR)
+CPU = torch.device("cpu")
 
 
 class TruncatedViT(nn.Module):
@@ -56,8 +57,8 @@ class TruncatedViT(nn.Module):
         self.norm = nn.LayerNorm(self.width, eps=config.layer_norm_eps) if hook == "norm" else None
         self._mean, self._std = tuple(mean), tuple(std)
         self._set_tables(torch.float32)
-        # One sibling a dtype, shared by all of them, so that every feature of a hook runs the same module.
-        self._siblings: dict[torch.dtype, TruncatedViT] = {}
+        # One sibling a dtype and device, shared by all of them, so that every feature of a hook runs the same module.
+        self._siblings: dict[tuple[torch.dtype, torch.device], TruncatedViT] = {}
 
     def _set_tables(self, dtype: torch.dtype) -> None:
         head_width = self.width // self.config.num_attention_heads
@@ -76,6 +77,10 @@ class TruncatedViT(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embeddings.cls_token.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.cls_token.device
+
     def forward(self, x0: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens channel"]:
         if x0.ndim != 4 or x0.shape[1:] != (3, *self.image_size):
             raise ConfigError(
@@ -86,20 +91,22 @@ class TruncatedViT(nn.Module):
             h = block(h, self.cos, self.sin)
         return h if self.norm is None else self.norm(h)
 
-    def in_dtype(self, dtype: torch.dtype) -> "TruncatedViT":
-        """This trunk with its weights in dtype; self is not changed, and asking twice gives the same module.
+    def in_dtype(self, dtype: torch.dtype, device: torch.device = CPU) -> "TruncatedViT":
+        """This trunk with its weights in dtype on device; self is not changed, and asking twice gives the same module.
 
         Weights are cast from the float32 ones that were loaded; tables are computed anew (float64 gets float64 tables).
         """
-        self._siblings.setdefault(torch.float32, self)
-        if dtype not in self._siblings:
-            source = self._siblings[torch.float32]
+        loaded, wanted = (torch.float32, CPU), (dtype, device)
+        self._siblings.setdefault(loaded, self)
+        if wanted not in self._siblings:
+            source = self._siblings[loaded]
             siblings, source._siblings = source._siblings, {}
             sibling = copy.deepcopy(source).to(dtype)
             sibling._set_tables(dtype)
+            sibling.to(device)
             source._siblings = sibling._siblings = siblings
-            siblings[dtype] = sibling
-        return self._siblings[dtype]
+            siblings[wanted] = sibling
+        return self._siblings[wanted]
 
 
 def num_blocks_before(hook: str, config: ViTConfig) -> int:

@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from tiltscope.engine.prior.levels import alpha_from_sigma, theta_from_sigma, time_from_sigma
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Ends:
     """The network's own quietest level (sigma, alpha > 0) and the smallest alpha at which it was trained (its noisiest level)."""
@@ -110,13 +113,18 @@ class NetworkDenoiser:
         self.levels = levels
         self.prediction = prediction
         self.pixel_unshuffle = pixel_unshuffle
-        self.theta_levels = theta_from_sigma(torch.from_numpy(levels[::-1].copy()))
+        # Beside the network's parameters: a table on the host would be copied at every call.
+        self.theta_levels = theta_from_sigma(torch.from_numpy(levels[::-1].copy())).to(self.device)
         alpha = np.sqrt((1 - levels) * (1 + levels))
         self.ends = Ends(low_sigma=float(levels[-1]), low_alpha=float(alpha[-1]), high_alpha=float(alpha[0]))
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.network.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
 
     def __call__(
         self, x: Float[Tensor, "batch channel height width"], sigma: Float64[Tensor, "batch"]
@@ -133,10 +141,10 @@ class NetworkDenoiser:
         from_x, from_output = PREDICTIONS[self.prediction](sigma, alpha_from_sigma(sigma), self.ends)
         return time_from_sigma(sigma, self.theta_levels), from_x, from_output
 
-    def in_dtype(self, dtype: torch.dtype) -> "NetworkDenoiser":
-        """The same denoiser, its network in dtype; self is not changed."""
+    def in_dtype(self, dtype: torch.dtype, device: torch.device = CPU) -> "NetworkDenoiser":
+        """The same denoiser, its network in dtype on device; self is not changed."""
         # nn.Module.to itself: diffusers' override warns about modules to be kept in float32, of which there are none.
-        network = nn.Module.to(copy.deepcopy(self.network), dtype)
+        network = nn.Module.to(copy.deepcopy(self.network), device=device, dtype=dtype)
         return NetworkDenoiser(
             network, levels=self.levels, prediction=self.prediction, pixel_unshuffle=self.pixel_unshuffle
         )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tiltscope.engine.errors import ConfigError
-from tiltscope.engine.prior.network import NetworkDenoiser
+from tiltscope.engine.prior.network import CPU, NetworkDenoiser
 from tiltscope.engine.trial import check_name, trial_values
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -49,7 +49,7 @@ class Prior:
         self.network: NetworkDenoiser | None = None
         self.pool: Any = None
         self._root = self
-        self._siblings: dict[torch.dtype, Prior] = {}
+        self._siblings: dict[tuple[torch.dtype, torch.device], Prior] = {}
 
     @classmethod
     def from_network(
@@ -58,7 +58,7 @@ class Prior:
         """A prior whose denoiser is a network; `to(dtype)` moves it between precisions."""
         prior = cls(network, shape=shape, name=name)
         prior.network, prior.levels, prior.identity, prior.pool = network, network.levels, identity, pool
-        prior._siblings[network.dtype] = prior
+        prior._siblings[network.dtype, network.device] = prior
         return prior
 
     def __repr__(self) -> str:
@@ -93,19 +93,23 @@ class Prior:
             return None
         return ((x0.detach().float() + 1) * 127.5).nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
 
-    def to(self, dtype: torch.dtype) -> "Prior":
-        """This prior with its network in dtype (the same object each time; a custom prior is itself). self is not changed."""
+    def to(self, dtype: torch.dtype, device: torch.device = CPU) -> "Prior":
+        """This prior with its network in dtype on device (the same object each time; a custom prior is itself)."""
         root = self._root
         if root.network is None:
             return self
-        if dtype not in root._siblings:
+        if (dtype, device) not in root._siblings:
             # From the weights as they were loaded, never by way of a lower precision.
             sibling = Prior.from_network(
-                root.network.in_dtype(dtype), shape=self.shape, name=self.name, identity=self.identity, pool=self.pool
+                root.network.in_dtype(dtype, device),
+                shape=self.shape,
+                name=self.name,
+                identity=self.identity,
+                pool=self.pool,
             )
             sibling._root = root
-            root._siblings[dtype] = sibling
-        return root._siblings[dtype]
+            root._siblings[dtype, device] = sibling
+        return root._siblings[dtype, device]
 
 
 def check_denoise(prior: Prior, dtype: torch.dtype, *, guided: bool = False) -> None:

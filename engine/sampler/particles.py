@@ -129,18 +129,19 @@ def settle(state: SlotState, activation: Float[Tensor, "batch"], programme: Prog
 
 def _resampled(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotState, Sight]:
     each = programme.particles
-    num = len(state.row) // each
+    num, place = len(state.row) // each, state.row.device
     used = num * each  # what is left over is padding
+    left = len(state.row) - used
 
     log_weight = state.log_weight[:used].reshape(num, each)
-    first = torch.arange(num) * each
+    first = torch.arange(num, device=place) * each
     u = uniform(state.key, state.index, state.row, stream=STREAM_RESAMPLING, dtype=torch.float64)[first]
     found = resample(log_weight, u, ESS_SHARE)
-    ancestor = torch.cat([(found.ancestor + first[:, None]).flatten(), torch.arange(used, len(state.row))])
-    due = torch.cat([found.due.repeat_interleave(each), torch.zeros(len(state.row) - used, dtype=torch.bool)])
-    banked = torch.cat(
-        [found.log_mean.repeat_interleave(each), torch.zeros(len(state.row) - used, dtype=state.x.dtype)]
-    )
+    rest = torch.arange(used, used + left, device=place)
+    # One value a group, for each of its particles.
+    due, banked = (each_of[:, None].expand(num, each).flatten() for each_of in (found.due, found.log_mean))
+    ancestor = torch.cat([(found.ancestor + first[:, None]).flatten(), rest])
+    due, banked = torch.cat([due, due.new_zeros(left)]), torch.cat([banked, banked.new_zeros(left)])
     after = replace(
         state,
         x=state.x[ancestor],

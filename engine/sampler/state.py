@@ -7,7 +7,7 @@ needs without asking the device.
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.tilt.log_tilt import LogTilt
 from tiltscope.kernels.philox import normal
 
+CPU = torch.device("cpu")
 _SIGMA, _ALPHA = COLUMNS.index("sigma"), COLUMNS.index("alpha")
 
 
@@ -64,6 +65,17 @@ class SlotState:
     host: HostRows
 
 
+class Need(NamedTuple):
+    """Which networks a call on one bucket of slots runs. The host knows it before the tick, so it decides what a graph captures.
+
+    unguided: the denoiser alone. guided: the lift. reads: with particles, unguided rows of tilted slots read their feature too.
+    """
+
+    unguided: bool
+    guided: bool
+    reads: bool
+
+
 class Observation(NamedTuple):
     """What one tick saw; activation and drive are NaN for slots on an unguided row."""
 
@@ -94,7 +106,8 @@ class Sight(NamedTuple):
 class Programme:
     """What the slots refer to: the plans, the log-tilts, the lift and the networks, in the state's dtype.
 
-    particles: slots a sample. bucket: slots that a network call takes, None for all of them at once. start: a picture x0 that
+    device: where the slots, the tables and the networks are. kernels: which implementation of the fused operations runs
+    (kernels/dispatch.py). particles: slots a sample. bucket: slots that a network call takes, None for all of them at once. start: a picture x0 that
     every slot sets out from, noised to the plan's first level; None: from noise alone.
     """
 
@@ -103,6 +116,7 @@ class Programme:
     step: Step
     shape: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device = CPU
     lift: Lift = field(default_factory=Dps)
     particles: int = 1
     bucket: int | None = None
@@ -115,11 +129,11 @@ class Programme:
         table = np.zeros((len(self.plans), longest, len(COLUMNS)))
         for at, plan in enumerate(self.plans):
             table[at, : plan.num_rows] = plan.table
-        return torch.from_numpy(table)
+        return torch.from_numpy(table).to(self.device)
 
     @cached_property
     def num_rows(self) -> Int[Tensor, "plan"]:
-        return torch.tensor([plan.num_rows for plan in self.plans])
+        return torch.tensor([plan.num_rows for plan in self.plans], device=self.device)
 
     @cached_property
     def kind_table(self) -> NDArray[np.int8]:
@@ -130,6 +144,11 @@ class Programme:
             kinds[at, : plan.num_rows] = plan.kind
         return kinds
 
+    @cached_property
+    def guided_rows(self) -> Bool[Tensor, "plan row"]:
+        """`kind_table` on the device: where a row is guided, for slots that are tilted."""
+        return torch.from_numpy(self.kind_table == GraphKind.GUIDED).to(self.device)
+
     def kinds(self, host: HostRows) -> NDArray[np.int8]:
         """The graph each slot's next row needs; -1 for a slot that has done its plan. An untilted slot is unguided."""
         kinds = self.kind_table[host.plan, host.row]
@@ -137,11 +156,31 @@ class Programme:
             return kinds
         return np.where((kinds >= 0) & ~host.tilted, np.int8(GraphKind.UNGUIDED), kinds)
 
+    def needs(self, host: HostRows) -> tuple[Need, ...]:
+        """What the next tick runs, one a network call."""
+        kinds = self.kinds(host)
+        size = self.bucket or len(kinds)
+        return tuple(self._need(kinds[at : at + size], host.tilted[at : at + size]) for at in range(0, len(kinds), size))
+
+    def _need(self, kinds: NDArray[np.int8], tilted: NDArray[np.bool_]) -> Need:
+        unguided = kinds == GraphKind.UNGUIDED
+        return Need(
+            unguided=bool(unguided.any()),
+            guided=bool((kinds == GraphKind.GUIDED).any()),
+            reads=self.particles > 1 and bool((unguided & tilted).any()),
+        )
+
 
 def rows_of(state: SlotState, programme: Programme) -> Float[Tensor, "batch 11"]:
     """Each slot's own row of its own plan, float64."""
     table = programme.table
     return table[state.plan, state.row.clamp(max=table.shape[1] - 1)]
+
+
+def guided_of(state: SlotState, programme: Programme) -> Bool[Tensor, "batch"]:
+    """Whether each slot's next row is guided, from the tables: no host value enters a tick."""
+    guided = programme.guided_rows[state.plan, state.row]
+    return guided if programme.lift.moves_x0 else guided & (state.lam != 0)
 
 
 def slots_of(state: SlotState, programme: Programme, part: slice = slice(None)) -> Slots:
@@ -183,13 +222,17 @@ def admit(
     """
     num, each = len(indices), programme.particles
     padding = bucket - num * each
-    index = torch.from_numpy(np.concatenate([np.repeat(indices, each), np.repeat(indices[:1], padding)]))
-    particle = torch.from_numpy(np.concatenate([np.tile(np.arange(each), num), np.arange(padding)]))
-    group = torch.from_numpy(np.concatenate([np.repeat(np.arange(num), each), np.full(padding, num)]))
-    lam = np.concatenate([np.repeat(lam, each), np.zeros(padding)])
-    zeros = torch.zeros(bucket, dtype=torch.int64)
-    zero = torch.zeros(bucket, dtype=programme.dtype)
-    key = torch.tensor([seed_key(seed)]).expand(bucket, 2)
+
+    def placed(values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(programme.device)
+
+    index = placed(np.concatenate([np.repeat(indices, each), np.repeat(indices[:1], padding)]))
+    particle = placed(np.concatenate([np.tile(np.arange(each), num), np.arange(padding)]))
+    group = placed(np.concatenate([np.repeat(np.arange(num), each), np.full(padding, num)]))
+    strength = placed(np.concatenate([np.repeat(lam, each), np.zeros(padding)])).to(programme.dtype)
+    zeros = torch.zeros(bucket, dtype=torch.int64, device=programme.device)
+    zero = torch.zeros(bucket, dtype=programme.dtype, device=programme.device)
+    key = placed(np.array([seed_key(seed)], np.int64)).expand(bucket, 2)
     x = normal(key, index, zeros, particle, stream=STREAM_START, shape=programme.shape, dtype=programme.dtype)
     if programme.start is not None:
         sigma, alpha = (float(programme.table[0, 0, at]) for at in (_SIGMA, _ALPHA))
@@ -204,16 +247,17 @@ def admit(
         group=group,
         plan=zeros,
         readout=None if readout is None else readout.expand(bucket),
-        lam=torch.from_numpy(lam).to(programme.dtype),
+        lam=strength,
         log_tilt=zeros,
         log_weight=zero,
         log_twist=zero,
         log_z=zero,
         lineage=particle,
-        ok=torch.ones(bucket, dtype=torch.bool),
+        ok=torch.ones(bucket, dtype=torch.bool, device=programme.device),
         host=HostRows(
             plan=np.zeros(bucket, np.int64),
             row=np.zeros(bucket, np.int64),
-            tilted=lam != 0,
+            # Of what the device holds: a lambda that rounds to 0 there is 0 here.
+            tilted=(strength != 0).cpu().numpy(),
         ),
     )

@@ -1,20 +1,24 @@
 """One tick: every slot of a batch advances by its own row. Look (networks and lift), weigh (particles only), move (the table).
 
-Nothing here asks the device for a value: which graphs a tick needs is known to the host.
+Nothing here asks the device for a value, and no value of the host enters `advance`: which networks a tick runs is known
+beforehand, all else follows from what is on the device. So a tick can be captured once and replayed (replay.py;
+tests/runtime/test_capture_safety.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from tiltscope.engine.sampler.particles import reweigh_after_move, weigh
-from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.sampler.state import (
+    Need,
     Observation,
     Programme,
     Sight,
     SlotState,
+    guided_of,
     per_slot,
     rows_of,
     slots_of,
@@ -26,35 +30,41 @@ _NOISE = COLUMNS.index("c")
 
 def tick(state: SlotState, programme: Programme) -> tuple[SlotState, Observation]:
     """Advance every slot by its own row; slots that have done their plan, and slots that failed, stay as they are."""
-    sight = look(state, programme)
+    after, seen = advance(state, programme, programme.needs(state.host))
+    active = programme.kinds(state.host) >= 0
+    return replace(after, host=replace(state.host, row=state.host.row + active)), seen
+
+
+def advance(state: SlotState, programme: Programme, needs: Sequence[Need]) -> tuple[SlotState, Observation]:
+    """The device's part of a tick; `host` is not looked at. needs: one a bucket of slots."""
+    sight = look(state, programme, needs)
     if programme.particles > 1:
         state, sight = weigh(state, sight, programme)
     return move(state, sight, programme)
 
 
-def look(state: SlotState, programme: Programme) -> Sight:
+def look(state: SlotState, programme: Programme, needs: Sequence[Need]) -> Sight:
     """The networks on every slot, `programme.bucket` of them a call.
 
-    Each graph kind present runs once over a whole bucket, and every slot takes the outputs of its own kind: a slot's numbers
+    Each graph kind needed runs once over a whole bucket, and every slot takes the outputs of its own kind: a slot's numbers
     come from its own inputs in one fixed batch shape, whatever its batch mates are. With particles an unguided row of a tilted
     slot still reads its feature, for the twist.
     """
-    kinds = programme.kinds(state.host)
-    size = programme.bucket or len(kinds)
+    every = guided_of(state, programme)
+    size = programme.bucket or len(every)
     parts: list[Sight] = []
-    for at in range(0, len(kinds), size):
-        part = slice(at, at + size)
-        kind, slots = kinds[part], slots_of(state, programme, part)
-        guided = torch.from_numpy(kind == GraphKind.GUIDED)
+    for at, need in enumerate(needs):
+        part = slice(at * size, (at + 1) * size)
+        guided, slots = every[part], slots_of(state, programme, part)
         x0_hat = grad = torch.zeros_like(slots.x)
         activation = drive = log_twist = torch.full_like(slots.lam, torch.nan)
         strength = torch.zeros_like(slots.lam)
-        if (unguided := kind == GraphKind.UNGUIDED).any():
+        if need.unguided:
             x0_hat = programme.step.unguided(slots.x, slots.sigma, slots.alpha)
-            if programme.particles > 1 and (unguided & state.host.tilted[part]).any():
+            if need.reads:
                 activation, drive = programme.step.measure(x0_hat, slots.readout)
                 log_twist = slots.energy(drive)
-        if (kind == GraphKind.GUIDED).any():
+        if need.guided:
             push = programme.lift.push(programme.step, slots)
             x0_hat = torch.where(per_slot(guided, slots.x), push.x0_hat, x0_hat)
             activation = torch.where(guided, push.activation, activation)
@@ -82,7 +92,6 @@ def move(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotStat
         state.row,
         state.particle,
     )
-    kinds = programme.kinds(state.host)
     active = state.row < programme.num_rows[state.plan]
     # A drive that is not a number has a gradient of 0 or anything: it counts as a failure of its own.
     sound = moved.finite & (torch.isfinite(sight.drive) | ~sight.guided)
@@ -95,7 +104,6 @@ def move(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotStat
         history=torch.where(here, moved.history, state.history),
         row=state.row + advance,
         ok=ok,
-        host=replace(state.host, row=state.host.row + (kinds >= 0)),
     )
     if programme.particles > 1:
         after = reweigh_after_move(after, moved.z_dot_delta, moved.delta_norm_sq, row[:, _NOISE])
