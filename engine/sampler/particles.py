@@ -26,8 +26,8 @@ from tiltscope.engine.sampler.noise import STREAM_RESAMPLING
 from tiltscope.engine.sampler.plan import GraphKind, Plan
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.sampler.state import Programme, Sight, SlotState, slots_of
+from tiltscope.kernels.dispatch import resample
 from tiltscope.kernels.philox import uniform
-from tiltscope.kernels.reference import resample
 
 # Resample where fewer than half of the particles carry a group.
 ESS_SHARE = 0.5
@@ -104,9 +104,9 @@ def settle(state: SlotState, activation: Float[Tensor, "batch"], programme: Prog
     def grouped(values: Tensor) -> Tensor:
         return values[: num * each].reshape(num, each)
 
-    log_weight, first = grouped(final).double(), torch.arange(num) * each
+    log_weight, first = grouped(final).double(), torch.arange(num, device=final.device) * each
     u = uniform(state.key, state.index, programme.num_rows[state.plan], stream=STREAM_RESAMPLING, dtype=torch.float64)
-    log_mean = resample(log_weight, u[first]).log_mean
+    log_mean = resample(log_weight, u[first], implementation=programme.kernels).log_mean
     alive = torch.isfinite(log_mean)
     weight = torch.where(alive[:, None], torch.softmax(log_weight, 1), 1 / each)
     # One draw by weight: the first place of the running sum that reaches u.
@@ -114,7 +114,7 @@ def settle(state: SlotState, activation: Float[Tensor, "batch"], programme: Prog
     counted = torch.where(weight > 0, grouped(phi).double(), 0.0)
     carries = (weight * each > 1e-3).long()
     start = grouped(state.lineage)
-    starts = torch.zeros(num, each, dtype=torch.int64).scatter_reduce(1, start, carries, "amax")
+    starts = torch.zeros_like(carries).scatter_reduce(1, start, carries, "amax")
     by_start = torch.zeros_like(weight).scatter_add(1, start, weight)
     return Settled(
         weight=weight,
@@ -136,7 +136,7 @@ def _resampled(state: SlotState, sight: Sight, programme: Programme) -> tuple[Sl
     log_weight = state.log_weight[:used].reshape(num, each)
     first = torch.arange(num, device=place) * each
     u = uniform(state.key, state.index, state.row, stream=STREAM_RESAMPLING, dtype=torch.float64)[first]
-    found = resample(log_weight, u, ESS_SHARE)
+    found = resample(log_weight, u, ESS_SHARE, implementation=programme.kernels)
     rest = torch.arange(used, used + left, device=place)
     # One value a group, for each of its particles.
     due, banked = (each_of[:, None].expand(num, each).flatten() for each_of in (found.due, found.log_mean))

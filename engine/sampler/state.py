@@ -22,6 +22,7 @@ from tiltscope.engine.sampler.noise import STREAM_START, seed_key
 from tiltscope.engine.sampler.plan import GraphKind, Plan
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.tilt.log_tilt import LogTilt
+from tiltscope.kernels.dispatch import Implementation
 from tiltscope.kernels.philox import normal
 
 CPU = torch.device("cpu")
@@ -117,6 +118,7 @@ class Programme:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device = CPU
+    kernels: Implementation = "reference"
     lift: Lift = field(default_factory=Dps)
     particles: int = 1
     bucket: int | None = None
@@ -130,6 +132,11 @@ class Programme:
         for at, plan in enumerate(self.plans):
             table[at, : plan.num_rows] = plan.table
         return torch.from_numpy(table).to(self.device)
+
+    @cached_property
+    def coefficients(self) -> Float[Tensor, "plan row 11"]:
+        """`table` cast once to the state's dtype."""
+        return self.table.to(self.dtype)
 
     @cached_property
     def num_rows(self) -> Int[Tensor, "plan"]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from tiltscope.engine.sampler.particles import reweigh_after_move, weigh
 from tiltscope.engine.sampler.row import COLUMNS
@@ -23,7 +24,7 @@ from tiltscope.engine.sampler.state import (
     rows_of,
     slots_of,
 )
-from tiltscope.kernels.reference import guided_update
+from tiltscope.kernels.dispatch import guided_step
 
 _NOISE = COLUMNS.index("c")
 
@@ -78,33 +79,34 @@ def look(state: SlotState, programme: Programme, needs: Sequence[Need]) -> Sight
 
 def move(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotState, Observation]:
     """x' and H' of the table for every slot that still has a row to do."""
-    row = rows_of(state, programme).to(state.x.dtype)
-    moved = guided_update(
+    dtype, asked = state.x.dtype, programme.kernels
+    x0_hat, grad = (_dense(each) if asked == "triton" else each for each in (sight.x0_hat, sight.grad))
+    moved = guided_step(
         state.x,
-        sight.x0_hat,
-        sight.grad,
+        x0_hat,
+        grad,
         state.history,
-        row,
-        sight.strength,
+        programme.coefficients,
+        programme.num_rows,
+        state.plan,
+        state.row,
+        state.ok,
+        # A drive that is not a number has a gradient of 0 or anything: it counts as a failure of its own.
+        sight.drive.to(dtype),
+        sight.strength.to(dtype),
         sight.guided,
         state.key,
         state.index,
-        state.row,
         state.particle,
+        implementation=asked,
     )
-    active = state.row < programme.num_rows[state.plan]
-    # A drive that is not a number has a gradient of 0 or anything: it counts as a failure of its own.
-    sound = moved.finite & (torch.isfinite(sight.drive) | ~sight.guided)
-    ok = state.ok & (sound | ~active)
-    advance = active & ok
-    here = per_slot(advance, state.x)
-    after = replace(
-        state,
-        x=torch.where(here, moved.x, state.x),
-        history=torch.where(here, moved.history, state.history),
-        row=state.row + advance,
-        ok=ok,
-    )
+    after = replace(state, x=moved.x, history=moved.history, row=moved.row, ok=moved.ok)
     if programme.particles > 1:
-        after = reweigh_after_move(after, moved.z_dot_delta, moved.delta_norm_sq, row[:, _NOISE])
-    return after, Observation(sight.x0_hat, sight.activation, sight.drive, *moved[2:5])
+        noise = rows_of(state, programme)[:, _NOISE].to(dtype)
+        after = reweigh_after_move(after, moved.z_dot_delta, moved.delta_norm_sq, noise)
+    return after, Observation(sight.x0_hat, sight.activation, sight.drive, *moved[4:])
+
+
+def _dense(values: Tensor) -> Tensor:
+    """Each sample in C order, as x is: an expanded or permuted gradient becomes one in memory."""
+    return values.contiguous()
