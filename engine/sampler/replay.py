@@ -131,6 +131,11 @@ class Replaying:
         """What the last tick saw, in memory of its own: the next replay overwrites the buffers, not this."""
         return self._slots.observation()
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The buffers, at the addresses that every replay reads and writes."""
+        return self._slots.tensors()
+
     def report(self) -> list[dict[str, Any]]:
         return self._runner.report()
 
