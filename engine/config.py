@@ -24,7 +24,7 @@ LARGEST_DEFAULT_BUCKET = 8
 CALIBRATIONS = ("pool", "sampler")
 GUIDANCES = ("tilt", "constant")
 DTYPES = ("float32", "float64")
-KERNELS = ("reference", "triton")
+KERNELS = ("reference", "compiled", "triton")
 DEVICES = ("cpu", "cuda")
 GRAPHS = ("auto", "off")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -118,7 +118,7 @@ class SampleConfig(Settings):
     runner: str = "torch"
     """torch | onnx | openvino (built on first use)"""
     kernels: str = "reference"
-    """reference (plain torch) | triton (a CUDA device, or TRITON_INTERPRET=1): what moves and resamples the slots"""
+    """reference (plain torch) | compiled (by torch.compile) | triton (a CUDA device): what moves and resamples the slots"""
     device: str = "cpu"
     """cpu | cuda"""
     graphs: str = "auto"

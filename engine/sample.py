@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from tiltscope.engine.tilt.ascent import Ascent
 from tiltscope.engine.tilt.calibrate import Calibration, calibrate, estimates, largest_reachable
 from tiltscope.engine.tilt.evidence import combine
 from tiltscope.engine.tilt.log_tilt import LOG_TILTS, LogTilt
-from tiltscope.kernels.dispatch import Calls, count_calls, require_implementation
+from tiltscope.kernels.implementation import Calls, Implementation, count_calls, require_implementation
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -347,7 +347,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
             "lam and target_activation: got neither; give the tilt's lambda, or the mean activation wanted"
         )
     dtype = DTYPES[config.dtype]
-    device = _placed(config)
+    device, kernels = _placed(config)
     prior, feature = prior.to(dtype, device), feature.to(dtype, device)
     check_denoise(prior, dtype, guided=config.lam != 0)
     check_activation(feature, prior.shape, dtype)
@@ -378,7 +378,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
         shape=prior.shape,
         dtype=dtype,
         device=device,
-        kernels="triton" if config.kernels == "triton" else "reference",
+        kernels=kernels,
         particles=config.particles,
         bucket=config.bucket,
         start=None if config.start is None else _starting_picture(prior, config.start).to(device, dtype),
@@ -402,13 +402,13 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
     )
 
 
-def _placed(config: SampleConfig) -> torch.device:
-    """The device asked for. Raises RunnerError where there is none, or where the kernels asked for cannot run on it."""
+def _placed(config: SampleConfig) -> tuple[torch.device, Implementation]:
+    """The device and the kernels asked for. Raises RunnerError where there is none, or where the kernels cannot run on it."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise RunnerError(f"device: got cuda, but torch {torch.__version__} sees no CUDA device; use device cpu")
     device = torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
     require_implementation(config.kernels, device)
-    return device
+    return device, cast(Implementation, config.kernels)
 
 
 def _starting_picture(prior: Prior, path: str) -> Float[Tensor, "channel height width"]:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from tiltscope.engine.prior.levels import alpha_from_sigma, theta_from_sigma, time_from_sigma
 
-
 CPU = torch.device("cpu")
 
 

@@ -9,8 +9,8 @@ other sees:
     on meta     tensors without data, on which .cpu(), .tolist() and .numpy() raise (of CPU tensors they dispatch no operator, so
                 no recorder sees them), and beside which a tensor left on the host stands out
 
-What neither covers: library workspaces, allocator pools, streams, and host code inside a custom operator, which is one opaque entry
-(its plain definition goes through the check by itself). Knows tensors and callables; nothing of slots or plans.
+What neither covers: library workspaces, allocator pools, streams, and host code inside a custom operator, which is one opaque
+entry (its plain definition goes through the check by itself). Knows tensors and callables; nothing of slots or plans.
 """
 
 from collections.abc import Callable, Mapping

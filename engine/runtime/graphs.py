@@ -1,13 +1,13 @@
-"""CUDA graphs of a step: captured a bucket and a kind at a time, replayed without a word from the host, kept where they are faster.
+"""CUDA graphs of a step: captured a bucket and a kind at a time, replayed without the host, kept where they are faster.
 
     buckets   batch sizes, captured largest first, so that the smaller ones fit into the memory pool that the largest has filled
     kind      which networks the step runs (guided, unguided, trunk-only, ...): one graph each, all on a bucket's same buffers
     replay    counters advance on the device; between two replays the host writes nothing
     kept      a graph stays only where it measured faster than the eager step here; `report` says which ran
 
-`GraphRunner` takes what captures and times as an argument: `CudaGraphs` on a GPU, `StandInGraphs` on a CPU, which re-runs the recorded
-closure on the same buffers and refuses what a graph could not see. A step is a callable that gets the stream's handle, so that
-TensorRT's enqueueV3 is captured like any other (`enqueue`). Knows tensors and callables; nothing of slots or plans.
+`GraphRunner` takes what captures and times as an argument: `CudaGraphs` on a GPU, `StandInGraphs` on a CPU, which re-runs the
+recorded closure on the same buffers and refuses what a graph could not see. A step is a callable that gets the stream's handle, so
+that TensorRT's enqueueV3 is captured like any other (`enqueue`). Knows tensors and callables; nothing of slots or plans.
 """
 
 import time
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tiltscope.engine.errors import ConfigError, RunnerError
 from tiltscope.engine.runtime.capture_safety import Recorder
-from tiltscope.kernels.dispatch import Calls, count_calls
+from tiltscope.kernels.implementation import Calls, count_calls
 
 # Runs before a capture, on the capture's own stream: libraries allocate their workspaces and choose their kernels in them.
 WARM_UPS = 3
@@ -187,8 +187,8 @@ class _Kept:
 class GraphRunner:
     """Graphs of steps over buckets of static buffers.
 
-    make_buffers(bucket) -> named tensors that never move; made once a bucket. Raises ConfigError for buckets that are not distinct
-    positive whole numbers.
+    make_buffers(bucket) -> named tensors that never move; made once a bucket. Raises ConfigError for buckets that are not
+    distinct positive whole numbers.
     """
 
     graphs: Graphs

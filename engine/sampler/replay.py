@@ -16,7 +16,7 @@ from tiltscope.engine.runtime.graphs import GraphRunner, Graphs, StepOn
 from tiltscope.engine.sampler.lifts import Lift
 from tiltscope.engine.sampler.state import HostRows, Need, Observation, Programme, SlotState
 from tiltscope.engine.sampler.tick import advance
-from tiltscope.kernels.dispatch import Calls
+from tiltscope.kernels.implementation import Calls
 
 _READOUT = tuple(each.name for each in fields(Readout))
 _TENSORS = tuple(each.name for each in fields(SlotState) if each.name not in ("readout", "host"))

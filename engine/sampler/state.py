@@ -22,7 +22,7 @@ from tiltscope.engine.sampler.noise import STREAM_START, seed_key
 from tiltscope.engine.sampler.plan import GraphKind, Plan
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.tilt.log_tilt import LogTilt
-from tiltscope.kernels.dispatch import Implementation
+from tiltscope.kernels.implementation import Implementation
 from tiltscope.kernels.philox import normal
 
 CPU = torch.device("cpu")
@@ -112,9 +112,9 @@ class Sight(NamedTuple):
 class Programme:
     """What the slots refer to: the plans, the log-tilts, the lift and the networks, in the state's dtype.
 
-    device: where the slots, the tables and the networks are. kernels: which implementation of the fused operations runs
-    (kernels/dispatch.py). particles: slots a sample. bucket: slots that a network call takes, None for all of them at once. start: a picture x0 that
-    every slot sets out from, noised to the plan's first level; None: from noise alone.
+    device: where slots, tables and networks are. kernels: which implementation of the fused operations runs
+    (kernels/dispatch.py). particles: slots a sample. bucket: slots that a network call takes, None for all of them at once.
+    start: a picture x0 that every slot sets out from, noised to the plan's first level; None: from noise alone.
     """
 
     plans: tuple[Plan, ...]

@@ -17,7 +17,7 @@ from tiltscope.engine.sample import prepare
 from tiltscope.engine.sampler.replay import GraphedTicks, StaticSlots
 from tiltscope.engine.sampler.state import admit
 from tiltscope.engine.sampler.tick import tick
-from tiltscope.kernels.dispatch import Calls, count_calls
+from tiltscope.kernels.implementation import Calls, count_calls
 
 PRIOR = tiltscope.Prior(lambda x, sigma: 0.3 * x + torch.tanh(x), shape=(3, 4, 4), name="small")
 SMALL = tiltscope.Feature(lambda x0: (x0 * x0).flatten(1).mean(1), name="small")
@@ -115,7 +115,9 @@ def test_a_step_that_asks_for_a_value_is_not_captured():
         made.capture("asking", lambda _: step)
 
 
-@pytest.mark.parametrize(("graph_ms", "eager_ms", "ran"), [(1.0, 2.0, "graph"), (2.0, 1.0, "eager"), (1.0, 1.0, "eager")])
+@pytest.mark.parametrize(
+    ("graph_ms", "eager_ms", "ran"), [(1.0, 2.0, "graph"), (2.0, 1.0, "eager"), (1.0, 1.0, "eager")]
+)
 def test_a_graph_is_kept_only_where_it_measured_faster(graph_ms, eager_ms, ran):
     # Replay and eager step are timed in turn: start, end, start, end.
     ticks = iter([each for _ in range(TRIALS) for each in (0.0, graph_ms / 1e3, 0.0, eager_ms / 1e3)])
