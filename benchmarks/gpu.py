@@ -28,6 +28,7 @@ import torch
 
 import tiltscope
 from tiltscope.engine.config import SampleConfig
+from tiltscope.engine.errors import RunnerError
 from tiltscope.engine.runtime.graphs import CudaGraphs, Graphs, StandInGraphs
 from tiltscope.engine.sample import prepare
 from tiltscope.engine.sampler.replay import GraphedTicks, StaticSlots, step_into
@@ -55,6 +56,7 @@ class Place:
     folder: Path
     report: Path
     gate_words: tuple[str, ...]
+    warm_ups: int
     repeats: int
     shapes: tuple[tuple[int, int, int], ...]
     batches: tuple[int, ...]
@@ -71,13 +73,13 @@ def place(*, dry: bool) -> Place:
         graphs: Graphs = CudaGraphs()
         shapes, batches = ((3, 64, 64), (3, 256, 256), (4, 64, 64)), (1, 8, 32)
         words = ("-m", "gpu")
-        return Place(False, torch.device("cuda", 0), graphs, RESULTS, REPORT, words, 50, shapes, batches, 100)
+        return Place(False, torch.device("cuda", 0), graphs, RESULTS, REPORT, words, 3, 50, shapes, batches, 100)
     folder = Path(tempfile.mkdtemp(prefix="tiltscope-gpu-dry-"))
     report = folder / "gpu.md"
     report.write_text(REPORT.read_text())
     # One quick test in the place of the tests that need a device.
     words = ("tests/runtime/test_graphs.py", "-k", "smallest_bucket", "-p", "no:cacheprovider")
-    return Place(True, torch.device("cpu"), StandInGraphs(), folder, report, words, 3, ((3, 8, 8),), (2,), 2)
+    return Place(True, torch.device("cpu"), StandInGraphs(), folder, report, words, 1, 2, ((3, 8, 8),), (2,), 4)
 
 
 def revision() -> str:
@@ -142,12 +144,12 @@ def gated(at: Place) -> bool:
 
 
 def alternate(at: Place, works: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
-    """p20, p50, p80 of each in milliseconds, in turn, so that a drifting clock moves all of them; three warm-ups first."""
+    """p20, p50, p80 of each in milliseconds, in turn, so that a drifting clock moves all of them; warm-ups apart."""
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(at.repeats + 3):
+    for turn in range(at.warm_ups + at.repeats):
         for name, work in works.items():
             spent = at.graphs.milliseconds(lambda work=work: work() and None)
-            if turn >= 3:
+            if turn >= at.warm_ups:
                 taken[name].append(spent)
     shares = (0.2, 0.5, 0.8)
     return {
@@ -202,7 +204,7 @@ def bench_fused_step(at: Place) -> list[dict[str, Any]]:
 
 
 def bench_ticks(at: Place) -> list[dict[str, Any]]:
-    """One guided tick of the embedded bundle: graph replay against eager, at every batch."""
+    """One guided tick of the embedded bundle: graph replay against eager, at every batch. The plan is longer than the trials."""
     bundle = tiltscope.load("emoji64")
     found: list[dict[str, Any]] = []
     for batch in at.batches:
@@ -224,19 +226,12 @@ def bench_ticks(at: Place) -> list[dict[str, Any]]:
         times = alternate(
             at,
             {
-                "graph": lambda r=replaying, s=state: _once(r, s),
+                "graph": lambda r=replaying: r.tick(),
                 "eager": lambda e=eager, w=work, n=needs: step_into(e, w, n),
             },
         )
         found.append({"case": f"tick of {batch}", "times": times, "peak_mib": _peak_mib(at)})
     return found
-
-
-def _once(replaying: Any, state: Any) -> None:
-    """A first tick again and again: the slots are loaded anew once they have done their plan."""
-    if replaying.state.host.row[0] >= replaying.programme.plans[0].num_rows:
-        replaying.load(state)
-    replaying.tick()
 
 
 def bench_pictures(at: Place) -> list[dict[str, Any]]:
@@ -251,7 +246,7 @@ def bench_pictures(at: Place) -> list[dict[str, Any]]:
     indices = np.arange(batch)
     error = float((run.draw_bucket(indices).x0 - graphed.draw_bucket(indices).x0).abs().max())
     _reset_peak(at)
-    fewer = replace(at, repeats=max(3, at.repeats // 10))
+    fewer = replace(at, repeats=max(2, at.repeats // 10))
     times = alternate(fewer, {"graph": lambda: graphed.draw_bucket(indices), "eager": lambda: run.draw_bucket(indices)})
     return [{"case": f"{batch} pictures", "times": times, "peak_mib": _peak_mib(at), "max_difference": error}]
 
@@ -318,7 +313,7 @@ def main(words: list[str] | None = None) -> int:
     dry = parser.parse_args(words).dry
     try:
         at = place(dry=dry)
-    except tiltscope.errors.RunnerError as error:
+    except RunnerError as error:
         print(f"make gpu: {error}; `make gpu DRY=1` walks the path on a CPU", file=sys.stderr)
         return 2
     print(f"device   {describe(at)['name']} -> {results_of(at)}")

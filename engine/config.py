@@ -273,7 +273,7 @@ class SampleConfig(Settings):
         settings = {
             name: value
             for name, value in self.resolved().decisive().items()
-            if name not in NOT_IN_IDENTITY and ALWAYS_SO.get(name) != value
+            if name not in NOT_IN_IDENTITY and (name not in ALWAYS_SO or value != ALWAYS_SO[name])
         }
         return _digest([*parts, settings])
 

@@ -6,8 +6,8 @@
     kept      a graph stays only where it measured faster than the eager step here; `report` says which ran
 
 `GraphRunner` takes what captures and times as an argument: `CudaGraphs` on a GPU, `StandInGraphs` on a CPU, which re-runs the
-recorded closure on the same buffers and refuses what a graph could not see. A step is a callable that gets the stream's handle, so
-that TensorRT's enqueueV3 is captured like any other (`enqueue`). Knows tensors and callables; nothing of slots or plans.
+recorded closure on the same buffers and refuses what a graph could not see. A step is a callable that gets the stream's handle,
+so that TensorRT's enqueueV3 is captured like any other (`enqueue`). Knows tensors and callables; nothing of slots or plans.
 """
 
 import time
