@@ -5,9 +5,11 @@
 #   make test-slow [SHARD=k]       the rest, or its shard k of $(SHARDS)
 #   make lint | types              ruff; pyright strict
 #   make bench                     the measured numbers of this machine
+#   make gpu [DRY=1]               all GPU numbers in one go: device, gate, bench, report; DRY=1 walks the path on a CPU
 #   make wheel-check               the wheel, from a clean archive, in a clean environment
 #   make figures                   the README's picture, and those of docs/method.md
 #   make comparison                the plot of samplers and rivals in docs/method.md
+#   make kernel-table              what every Triton kernel takes on every target, into docs/kernels.md
 #   make train                     how the embedded models were made (hours)
 #   make bundle-report             measure the embedded bundle anew, and write its figures and its card
 
@@ -24,7 +26,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo figures comparison test test-slow lint types bench wheel-check train bundle-report clean shards
+.PHONY: demo figures comparison kernel-table test test-slow lint types bench gpu wheel-check train bundle-report clean shards
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -70,6 +72,15 @@ types: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(RUN) benchmarks/import_time.py
+	$(RUN) benchmarks/guided_step.py
+
+# Compiled ahead of time for six targets, without a device: some minutes.
+kernel-table: $(VENV)/.installed-dev
+	$(RUN) tools/kernel_table.py
+
+# Exits 2 without a device. A cuda build of torch and triton must be in the environment: pip install '.[triton]'.
+gpu: $(VENV)/.installed-dev
+	$(RUN) benchmarks/gpu.py $(if $(DRY),--dry)
 
 wheel-check: $(VENV)/.installed-dev
 	$(RUN) tools/wheel_check.py

@@ -27,7 +27,7 @@ BATCH = 8
 # Above the unguided draws that calibrate where there is no pool.
 FIRST_INDEX = CALIBRATION_INDEX + 2**20
 # What a lambda does not depend on.
-_FREE = ("num", "batch_size", "seed", "indices", "lam", "target_activation", "calibration", "beyond_pool")
+_FREE = ("num", "batch_size", "seed", "indices", "lam", "target_activation", "calibration", "beyond_pool", "graphs")
 
 
 def calibrate_on_sampler(run: Run, target: float, natural_mean: float) -> Run:

@@ -24,6 +24,9 @@ LARGEST_DEFAULT_BUCKET = 8
 CALIBRATIONS = ("pool", "sampler")
 GUIDANCES = ("tilt", "constant")
 DTYPES = ("float32", "float64")
+KERNELS = ("reference", "compiled", "triton")
+DEVICES = ("cpu", "cuda")
+GRAPHS = ("auto", "off")
 PRESETS: dict[str, dict[str, Any]] = {
     # The KL-minimal tilt at a calibrated lambda. Ancestral sampling, because plug-in guidance has no consistent marginals
     # and a stochastic sampler forgets its errors (docs/decisions.md, "Default solver").
@@ -44,7 +47,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # What decides neither the pictures nor their number: a run may be continued with other values of these.
-NOT_IN_IDENTITY = ("num", "batch_size")
+# graphs: a replay runs the very kernels of the eager step.
+NOT_IN_IDENTITY = ("num", "batch_size", "graphs")
+# Settings that a run has had since before they could be chosen: at these values the identity says nothing of them.
+ALWAYS_SO = {"kernels": "reference", "device": "cpu"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +117,12 @@ class SampleConfig(Settings):
     """allow targets that natural pictures cannot carry; needs --calibration sampler"""
     runner: str = "torch"
     """torch | onnx | openvino (built on first use)"""
+    kernels: str = "reference"
+    """reference (plain torch) | compiled (by torch.compile) | triton (a CUDA device): what moves and resamples the slots"""
+    device: str = "cpu"
+    """cpu | cuda"""
+    graphs: str = "auto"
+    """auto (CUDA graphs where they measure faster, on --device cuda) | off"""
     dtype: str = "float32"
     """float32 | float64"""
 
@@ -159,6 +171,9 @@ class SampleConfig(Settings):
                 self._set(**{name: describe_choice(parse_choice(given, registry, name), registry)})
         for name, allowed in (
             ("runner", runner_names()),
+            ("kernels", KERNELS),
+            ("device", DEVICES),
+            ("graphs", GRAPHS),
             ("dtype", DTYPES),
             ("preset", tuple(PRESETS)),
             ("calibration", CALIBRATIONS),
@@ -167,6 +182,12 @@ class SampleConfig(Settings):
             given = getattr(self, name)
             if given not in allowed and not (name == "guidance" and given is None):
                 raise ConfigError(f"{name}: got {given!r}, allowed are {', '.join(allowed)}")
+        if self.kernels == "triton" and self.dtype != "float32":
+            raise ConfigError(
+                f"kernels triton: got dtype {self.dtype}, allowed is float32; kernels reference has float64"
+            )
+        if self.device != "cpu" and self.runner != "torch":
+            raise ConfigError(f"device: got {self.device} with runner {self.runner}, which runs on the CPU; give cpu")
 
     def _check_start(self) -> None:
         if self.start is not None:
@@ -249,7 +270,11 @@ class SampleConfig(Settings):
 
     def identity(self, *parts: str) -> str:
         """64 hex digits over `parts` (command, bundle, feature) and every resolved setting that decides the pictures."""
-        settings = {name: value for name, value in self.resolved().decisive().items() if name not in NOT_IN_IDENTITY}
+        settings = {
+            name: value
+            for name, value in self.resolved().decisive().items()
+            if name not in NOT_IN_IDENTITY and (name not in ALWAYS_SO or value != ALWAYS_SO[name])
+        }
         return _digest([*parts, settings])
 
     def decisive(self) -> dict[str, Any]:

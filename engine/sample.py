@@ -6,9 +6,9 @@ bucket, so a million of them stream through flat memory; `sample` collects them.
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,23 +18,26 @@ from torch import Tensor
 
 from tiltscope.engine.choice import parse_choice
 from tiltscope.engine.config import SampleConfig
-from tiltscope.engine.errors import CalibrationError, ConfigError, NonFiniteError
+from tiltscope.engine.errors import CalibrationError, ConfigError, NonFiniteError, RunnerError
 from tiltscope.engine.feature.feature import Feature, check_activation
-from tiltscope.engine.prior.prior import Prior, check_denoise
+from tiltscope.engine.prior.prior import CPU, Prior, check_denoise
 from tiltscope.engine.report.manifest import complete
+from tiltscope.engine.runtime.graphs import CudaGraphs
 from tiltscope.engine.runtime.runners import step_for
 from tiltscope.engine.runtime.step import Step
 from tiltscope.engine.sampler.lifts import LIFTS, Lift
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.sampler.particles import proposal_plan, settle
 from tiltscope.engine.sampler.plan import GraphKind, Plan, make_plan
-from tiltscope.engine.sampler.state import Programme, SlotState, admit
+from tiltscope.engine.sampler.replay import GraphedTicks
+from tiltscope.engine.sampler.state import Observation, Programme, SlotState, admit
 from tiltscope.engine.sampler.tick import tick
 from tiltscope.engine.samples import Samples, Target, join
 from tiltscope.engine.tilt.ascent import Ascent
 from tiltscope.engine.tilt.calibrate import Calibration, calibrate, estimates, largest_reachable
 from tiltscope.engine.tilt.evidence import combine
 from tiltscope.engine.tilt.log_tilt import LOG_TILTS, LogTilt
+from tiltscope.kernels.implementation import Calls, Implementation, count_calls, require_implementation
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -60,6 +63,7 @@ class Run:
     natural: activations of natural pictures, None where lam was given and prior and feature share no pool; `source` says
     whose they are. estimate: KL, log Z and ESS of the tilt that `natural` gives for what was asked, None without `natural`,
     beyond its reach, or where lam differs between samples. ascent: how lam was found on the sampler, None where it was not.
+    graphed: what replays the ticks, None where they run eagerly. calls: the fused operations that have run, by implementation.
     """
 
     prior: Prior
@@ -72,6 +76,8 @@ class Run:
     estimate: Calibration | None
     seconds: dict[str, float]
     ascent: Ascent | None = None
+    graphed: GraphedTicks | None = None
+    calls: Calls = field(default_factory=Calls)
 
     @property
     def plan(self) -> Plan:
@@ -102,25 +108,42 @@ class Run:
             readout=self.feature.readout,
             bucket=-(-num * particles // bucket) * bucket,
         )
-        finished = True
+        with count_calls() as calls:
+            samples = self._advance(state, indices, on_step, calls)
+        self.calls.update(calls)
+        return samples
+
+    def _advance(self, state: SlotState, indices: NDArray[np.int64], on_step: OnStep | None, calls: Calls) -> Samples:
+        """Every row of the plan, eagerly or by replays, and what came of it."""
+        num, particles, finished = len(indices), self.config.particles, True
+        replaying = None if self.graphed is None else self.graphed.start(state, self.programme)
+        seen: Observation | None = None
         for row in range(self.plan.num_rows):
-            state, seen = tick(state, self.programme)
+            if replaying is None:
+                state, seen = tick(state, self.programme)
+            else:
+                replaying.tick(calls)
             if on_step is None:
                 continue
+            seen = replaying.observation() if replaying is not None else seen
+            assert seen is not None
             sigma = float(self.plan.column("sigma")[row])
             first = slice(0, num * particles, particles)  # of particles, the first is shown
-            told = Progress(row, self.plan.num_rows, sigma, tuple(indices), seen.activation[first], seen.x0_hat[first])
+            activation, preview = seen.activation[first].cpu(), seen.x0_hat[first].cpu()
+            told = Progress(row, self.plan.num_rows, sigma, tuple(indices), activation, preview)
             if on_step(told) == "stop":
                 finished = row + 1 == self.plan.num_rows
                 break
-        return self.collect(state, num, finished=finished)
+        return self.collect(state if replaying is None else replaying.state, num, finished=finished)
 
     def collect(self, state: SlotState, num: int, *, finished: bool) -> Samples:
         """The first `num` samples of slots that have done their rows, measured; the rest of the slots is padding."""
-        activation, drive = self._measure(state)
-        particles = self.config.particles
         # The first and only time the host asks the device: the rows are done.
-        settled = settle(state, activation, self.programme, num) if particles > 1 else None
+        activation, drive = (each.cpu() for each in self._measure(state))
+        state = state.to(CPU)
+        particles = self.config.particles
+        here = replace(self.programme, device=CPU, kernels="reference")
+        settled = settle(state, activation, here, num) if particles > 1 else None
         slot = torch.arange(num) if settled is None else settled.chosen
         rows, lam = state.row[slot], state.lam[slot]
         nfe, n_vjp = self._cost(rows, lam)
@@ -217,8 +240,18 @@ class Run:
             "ascent": None if self.ascent is None else self.ascent.to_json(),
             **sourced,
             "runner": self.programme.step.name,
-            "kernels": "reference",
+            "kernels": self.programme.kernels,
+            "device": str(self.programme.device),
+            **self.what_ran(),
         }
+
+    def what_ran(self) -> dict[str, Any]:
+        """For a manifest, of all draws so far, calibration included. kernel_calls: {operation: {implementation: calls}}; graphs:
+        by which graphs or eager steps, None without graphs."""
+        found: dict[str, dict[str, int]] = {}
+        for (operation, implementation), calls in sorted(self.calls.items()):
+            found.setdefault(operation, {})[implementation] = calls
+        return {"kernel_calls": found, "graphs": None if self.graphed is None else self.graphed.report()}
 
 
 def sample(
@@ -248,6 +281,9 @@ def sample(
     calibration_num: int = 256,
     beyond_pool: bool = False,
     runner: str = "torch",
+    kernels: str = "reference",
+    device: str = "cpu",
+    graphs: str = "auto",
     dtype: str = "float32",
     on_step: OnStep | None = None,
 ) -> Samples:
@@ -290,6 +326,9 @@ def sample(
         calibration_num=calibration_num,
         beyond_pool=beyond_pool,
         runner=runner,
+        kernels=kernels,
+        device=device,
+        graphs=graphs,
         dtype=dtype,
     )
     run = calibrated(prepare(prior, feature, config))
@@ -313,7 +352,8 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, step: Step 
             "lam and target_activation: got neither; give the tilt's lambda, or the mean activation wanted"
         )
     dtype = DTYPES[config.dtype]
-    prior, feature = prior.to(dtype), feature.to(dtype)
+    device, kernels = device_and_kernels(config)
+    prior, feature = prior.to(dtype, device), feature.to(dtype, device)
     if step is None:
         check_denoise(prior, dtype, guided=config.lam != 0)
         check_activation(feature, prior.shape, dtype)
@@ -344,9 +384,11 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, step: Step 
         lift=lift,
         shape=prior.shape,
         dtype=dtype,
+        device=device,
+        kernels=kernels,
         particles=config.particles,
         bucket=config.bucket,
-        start=None if config.start is None else _starting_picture(prior, config.start).to(dtype),
+        start=None if config.start is None else _starting_picture(prior, config.start).to(device, dtype),
     )
     started = time.perf_counter()
     natural, source = _natural_activations(prior, feature, config, programme)
@@ -363,7 +405,17 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, step: Step 
         source=source,
         estimate=estimate,
         seconds={"calibration": time.perf_counter() - started},
+        graphed=GraphedTicks(CudaGraphs()) if config.graphs == "auto" and device.type == "cuda" else None,
     )
+
+
+def device_and_kernels(config: SampleConfig) -> tuple[torch.device, Implementation]:
+    """The device and the kernels asked for. Raises RunnerError where there is none, or where the kernels cannot run on it."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise RunnerError(f"device: got cuda, but torch {torch.__version__} sees no CUDA device; use device cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
+    require_implementation(config.kernels, device)
+    return device, cast(Implementation, config.kernels)
 
 
 def _starting_picture(prior: Prior, path: str) -> Float[Tensor, "channel height width"]:
@@ -418,7 +470,7 @@ def unguided_draws(
         state = admit(programme, seed=seed, indices=indices, lam=np.zeros(len(indices)), readout=None, bucket=bucket)
         for _ in range(programme.plans[0].num_rows):
             state, _ = tick(state, programme)
-        finished.append(state.x[: len(indices)][state.ok[: len(indices)]])
+        finished.append(state.x[: len(indices)][state.ok[: len(indices)]].cpu())
     draws = torch.cat(finished)
     if len(draws) == 0:
         raise NonFiniteError("none of the prior's unguided draws is finite; check the denoiser, or try more steps")
@@ -432,7 +484,7 @@ def unguided_activations(
     batches: list[Tensor] = []
     for x0 in unguided_draws(programme, seed=seed, num=num, bucket=bucket).split(bucket):
         readout = None if feature.readout is None else feature.readout.expand(len(x0))
-        batches.append(programme.step.measure(x0, readout)[0])
+        batches.append(programme.step.measure(x0.to(programme.device), readout)[0].cpu())
     return torch.cat(batches).double().numpy()
 
 

@@ -10,103 +10,37 @@ an op cannot take is a ConfigError naming the argument; so is a row past its pla
 CPU). On a device a row past its plan reads no memory outside the table, and its slot is one that has done its plan.
 """
 
-import importlib.util
-from collections import Counter
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache
-from typing import Any, Literal, get_args
-
 import torch
 from torch import Tensor
 
 from tiltscope.kernels import reference
-from tiltscope.kernels.errors import ConfigError, RunnerError
+from tiltscope.kernels.errors import ConfigError
+from tiltscope.kernels.implementation import (
+    IMPLEMENTATIONS,
+    NETWORK_DTYPES,
+    STATE_DTYPES,
+    Calls,
+    Implementation,
+    compiled,
+    count_call,
+    count_calls,
+    require,
+    require_implementation,
+    require_like,
+)
 from tiltscope.kernels.reference import GuidedStep, Resampled
 
-Implementation = Literal["reference", "compiled", "triton"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
-Calls = Counter[tuple[str, str]]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Calls",
+    "Implementation",
+    "count_calls",
+    "guided_step",
+    "require_implementation",
+    "resample",
+]
 
-STATE_DTYPES = (torch.float32, torch.float64)
-NETWORK_DTYPES = (torch.bfloat16, torch.float16)
 _COLUMNS = 11
-
-_counting: ContextVar[tuple[Calls, ...]] = ContextVar("counting", default=())
-
-
-@contextmanager
-def count_calls() -> Generator[Calls]:
-    """Counts, by (op, implementation), what really runs inside the block, on this thread or task.
-
-    A replay of a CUDA graph runs no Python: who replays adds what one replay holds. Tracing counts nothing.
-    """
-    calls: Calls = Counter()
-    token = _counting.set((*_counting.get(), calls))
-    try:
-        yield calls
-    finally:
-        _counting.reset(token)
-
-
-def _count(op: str, implementation: str) -> None:
-    for calls in _counting.get():
-        calls[op, implementation] += 1
-
-
-def require_implementation(implementation: str, device: torch.device) -> None:
-    """Raises ConfigError for a name that is none, RunnerError where `implementation` cannot run on `device`."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ConfigError(f"kernels: got {implementation!r}, allowed are {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "reference":
-        return
-    if implementation == "compiled":
-        if device.type == "cpu":
-            _require_compiler()
-        return
-    if importlib.util.find_spec("triton") is None:
-        raise RunnerError("kernels 'triton' need the package triton; install it: pip install 'tiltscope[triton]'")
-    from triton import knobs
-
-    if device.type != "cuda" and not knobs.runtime.interpret:
-        raise RunnerError(
-            f"kernels 'triton' run on a CUDA device, the tensors are on {device}; use kernels 'reference', or set "
-            "TRITON_INTERPRET=1 before Python starts to have them interpreted on the CPU (slowly)"
-        )
-
-
-@cache
-def _require_compiler() -> None:
-    from torch._inductor import cpp_builder
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise RunnerError(
-            "kernels 'compiled' need a C++ compiler on a CPU, and torch found none; install g++ or clang, or use "
-            "kernels 'reference'"
-        ) from error
-
-
-@cache
-def _compiled(definition: Callable[..., Any]) -> Callable[..., Any]:
-    """A definition through torch.compile: a program for each shape, so that no number depends on which was first."""
-    return torch.compile(definition, fullgraph=True, dynamic=False)
-
-
-def _require(condition: bool, argument: str, got: object, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"{argument}: got {got}, allowed is {allowed}")
-
-
-def _require_like(
-    argument: str, given: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
-) -> None:
-    _require(given.device == device, argument, f"a tensor on {given.device}", f"{device}, where x is")
-    _require(given.dtype in dtypes, argument, given.dtype, " or ".join(map(str, dtypes)))
-    _require(tuple(given.shape) == tuple(shape), argument, f"shape {list(given.shape)}", f"{list(shape)}")
 
 
 def is_dense(x: Tensor, *, channels_last: bool) -> bool:
@@ -149,14 +83,14 @@ def guided_step(
         x, x0_hat, grad_a, history, table, num_rows, plan, row, ok, drive, strength, guided, key, index, particle
     )
     if implementation == "triton":
-        _require(x.dtype == torch.float32, "x", x.dtype, "torch.float32 with kernels 'triton'; 'reference' has float64")
+        require(x.dtype == torch.float32, "x", x.dtype, "torch.float32 with kernels 'triton'; 'reference' has float64")
         if ticket is not None:
-            _require_like("ticket", ticket, x.shape[:1], [torch.int32], x.device)
+            require_like("ticket", ticket, x.shape[:1], [torch.int32], x.device)
         last = is_dense(x, channels_last=True) and not is_dense(x, channels_last=False)
         for name, each in (("x", x), ("x0_hat", x0_hat), ("grad_a", grad_a), ("history", history)):
             order = "channels last, as x" if last else "C order (contiguous) or, all four tensors alike, channels last"
             got = f"strides {each.stride()}"
-            _require(is_dense(each, channels_last=last), name, got, f"a sample dense in {order}: call .contiguous()")
+            require(is_dense(each, channels_last=last), name, got, f"a sample dense in {order}: call .contiguous()")
     return GuidedStep(
         *torch.ops.tiltscope.guided_step(
             x,
@@ -197,23 +131,23 @@ def _check_guided_step(
     index: Tensor,
     particle: Tensor,
 ) -> None:
-    _require(x.dtype in STATE_DTYPES, "x", x.dtype, " or ".join(map(str, STATE_DTYPES)))
-    _require(x.dim() >= 2 and x.numel() > 0, "x", f"shape {list(x.shape)}", "[batch, ...] with at least one element")
+    require(x.dtype in STATE_DTYPES, "x", x.dtype, " or ".join(map(str, STATE_DTYPES)))
+    require(x.dim() >= 2 and x.numel() > 0, "x", f"shape {list(x.shape)}", "[batch, ...] with at least one element")
     batch, dtype, device = x.shape[0], x.dtype, x.device
-    _require_like("history", history, x.shape, [dtype], device)
-    _require_like("x0_hat", x0_hat, x.shape, [dtype, *NETWORK_DTYPES], device)
-    _require_like("grad_a", grad_a, x.shape, [x0_hat.dtype], device)
-    _require(table.dim() == 3, "table", f"shape {list(table.shape)}", "[plan, row, 11]")
-    _require_like("table", table, (*table.shape[:2], _COLUMNS), [dtype], device)
-    _require(table.numel() > 0, "table", f"shape {list(table.shape)}", "at least one plan of at least one row")
-    _require_like("num_rows", num_rows, table.shape[:1], [torch.int64], device)
+    require_like("history", history, x.shape, [dtype], device)
+    require_like("x0_hat", x0_hat, x.shape, [dtype, *NETWORK_DTYPES], device)
+    require_like("grad_a", grad_a, x.shape, [x0_hat.dtype], device)
+    require(table.dim() == 3, "table", f"shape {list(table.shape)}", "[plan, row, 11]")
+    require_like("table", table, (*table.shape[:2], _COLUMNS), [dtype], device)
+    require(table.numel() > 0, "table", f"shape {list(table.shape)}", "at least one plan of at least one row")
+    require_like("num_rows", num_rows, table.shape[:1], [torch.int64], device)
     for name, each in (("plan", plan), ("row", row), ("index", index), ("particle", particle)):
-        _require_like(name, each, (batch,), [torch.int64], device)
-    _require_like("key", key, (batch, 2), [torch.int64], device)
+        require_like(name, each, (batch,), [torch.int64], device)
+    require_like("key", key, (batch, 2), [torch.int64], device)
     for name, each in (("ok", ok), ("guided", guided)):
-        _require_like(name, each, (batch,), [torch.bool], device)
+        require_like(name, each, (batch,), [torch.bool], device)
     for name, each in (("drive", drive), ("strength", strength)):
-        _require_like(name, each, (batch,), [dtype], device)
+        require_like(name, each, (batch,), [dtype], device)
 
 
 def _check_rows(table: Tensor, num_rows: Tensor, plan: Tensor, row: Tensor) -> None:
@@ -257,11 +191,11 @@ def _guided_step(
 
         made = kernel(x, x0_hat, grad_a, history, *slots, ticket)
     else:
-        run = _compiled(reference.guided_step) if implementation == "compiled" else reference.guided_step
+        run = compiled(reference.guided_step) if implementation == "compiled" else reference.guided_step
         made = run(x, x0_hat, grad_a, history, *slots)
         like = torch.empty_like(x)
         made = made._replace(x=_laid_out(made.x, like), history=_laid_out(made.history, like))
-    _count("guided_step", implementation)
+    count_call("guided_step", implementation)
     return made.x, made.history, made.row, made.ok, made.grad_norm_sq, made.delta_norm_sq, made.z_dot_delta
 
 
@@ -312,20 +246,20 @@ def resample(
     Raises ConfigError, RunnerError.
     """
     require_implementation(implementation, log_weight.device)
-    _require(log_weight.dtype in STATE_DTYPES, "log_weight", log_weight.dtype, " or ".join(map(str, STATE_DTYPES)))
+    require(log_weight.dtype in STATE_DTYPES, "log_weight", log_weight.dtype, " or ".join(map(str, STATE_DTYPES)))
     shape = f"shape {list(log_weight.shape)}"
-    _require(log_weight.dim() == 2 and log_weight.numel() > 0, "log_weight", shape, "[group, particle], neither empty")
-    _require_like("u", u, log_weight.shape[:1], STATE_DTYPES, log_weight.device)
+    require(log_weight.dim() == 2 and log_weight.numel() > 0, "log_weight", shape, "[group, particle], neither empty")
+    require_like("u", u, log_weight.shape[:1], STATE_DTYPES, log_weight.device)
     return Resampled(*torch.ops.tiltscope.resample(log_weight, u, threshold, implementation))
 
 
 @torch.library.custom_op("tiltscope::resample", mutates_args=())
 def _resample(log_weight: Tensor, u: Tensor, threshold: float, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
     if implementation == "triton":
-        raise RunnerError("resample has no Triton kernel yet; use kernels 'reference'")
-    run = _compiled(reference.resample) if implementation == "compiled" else reference.resample
+        raise ConfigError("resample: kernels 'triton' have none yet; use kernels 'reference'")
+    run = compiled(reference.resample) if implementation == "compiled" else reference.resample
     made = run(log_weight, u, threshold)
-    _count("resample", implementation)
+    count_call("resample", implementation)
     return made.ancestor.clone(), made.log_mean, made.due
 
 

@@ -1,5 +1,8 @@
 """Settings: the bucket rule, JSON and back, and what makes an identity."""
 
+import hashlib
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,7 +49,20 @@ def test_what_the_preset_fills_is_part_of_the_identity():
     assert SampleConfig(lam=1.0).identity("x") != SampleConfig(lam=1.0, steps=99).identity("x")
 
 
-def test_only_number_and_batch_stay_out_of_the_identity():
-    assert NOT_IN_IDENTITY == ("num", "batch_size")
-    one, other = SampleConfig(lam=1.0, num=2, batch_size=2), SampleConfig(lam=1.0, num=7)
+def test_only_what_changes_no_bit_of_a_picture_stays_out_of_the_identity():
+    assert NOT_IN_IDENTITY == ("num", "batch_size", "graphs")
+    one, other = SampleConfig(lam=1.0, num=2, batch_size=2), SampleConfig(lam=1.0, num=7, graphs="off")
     assert one.identity("x") == other.identity("x")
+
+
+def test_other_kernels_and_another_device_are_another_identity():
+    names = {SampleConfig(lam=1.0, **each).identity("x") for each in ({}, {"kernels": "triton"}, {"device": "cuda"})}
+    assert len(names) == 3
+
+
+def test_a_setting_that_could_not_be_chosen_before_leaves_older_identities_as_they_were():
+    """At the value that every run had, a new setting is left out: what was begun can be continued."""
+    settings = {k: v for k, v in SampleConfig(lam=1.0).resolved().to_json().items() if k not in NOT_IN_IDENTITY}
+    before = {name: value for name, value in settings.items() if name not in ("kernels", "device")}
+    expected = hashlib.sha256(json.dumps(["x", before], sort_keys=True).encode()).hexdigest()
+    assert SampleConfig(lam=1.0).identity("x") == expected

@@ -60,7 +60,7 @@ def run(arguments: Arguments) -> None:
                 first = first or chunk
         seconds = drawing.seconds | {"sampling": time.perf_counter() - started}
         with interrupts_wait():
-            manifest |= {"seconds": seconds, "num_drawn_last": drawn}
+            manifest |= {"seconds": seconds, "num_drawn_last": drawn, **drawing.what_ran()}
             whole = writer.close(manifest)
             if drawing.config.particles > 1:  # over all samples of the folder, those of an earlier sitting too
                 groups = writer.columns("group_log_z", "group_phi", "group_ess")

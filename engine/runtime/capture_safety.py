@@ -9,8 +9,8 @@ other sees:
     on meta     tensors without data, on which .cpu(), .tolist() and .numpy() raise (of CPU tensors they dispatch no operator, so
                 no recorder sees them), and beside which a tensor left on the host stands out
 
-What neither covers: library workspaces, allocator pools, streams, and host code inside a custom operator, which is one opaque entry
-(its plain definition goes through the check by itself). Knows tensors and callables; nothing of slots or plans.
+What neither covers: library workspaces, allocator pools, streams, and host code inside a custom operator, which is one opaque
+entry (its plain definition goes through the check by itself). Knows tensors and callables; nothing of slots or plans.
 """
 
 from collections.abc import Callable, Mapping
@@ -102,7 +102,11 @@ def _problems(func: Any, args: Any, kwargs: Any) -> list[str]:
         found.append(f"{func} with a mask waits for the device: its size depends on values")
     if packet in _HOST_DATA:
         found.append(f"{func} makes a tensor from host data, which is baked in at capture")
-    if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None and _drops_out(func, args, kwargs):
+    if (
+        torch.Tag.nondeterministic_seeded in func.tags
+        and kwargs.get("generator") is None
+        and _drops_out(func, args, kwargs)
+    ):
         found.append(f"{func} draws from the global generator")
     if packet is _aten._to_copy and kwargs.get("device") not in (None, args[0].device):
         found.append(f"{func} copies between devices")

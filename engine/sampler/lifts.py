@@ -101,10 +101,12 @@ class Lift(Protocol):
     """A lift's push on a batch of slots, and what a guided row of it costs.
 
     moves_x0: D itself is replaced, so untilted slots run the lift too, and the move has no density for particles to weigh.
+    skips_denoiser: its gradient stops at D, so that a guided row needs the trunk's graph alone.
     couples: a slot's push depends on its batch mates, so that no sample can be redrawn alone.
     """
 
     moves_x0: ClassVar[bool]
+    skips_denoiser: ClassVar[bool]
 
     @property
     def couples(self) -> bool: ...
@@ -132,6 +134,7 @@ class Dps:
     batch_mean: bool = False
     diversity: float = 0.0
     moves_x0: ClassVar[bool] = False
+    skips_denoiser: ClassVar[bool] = False
     nfe: int = field(default=1, init=False)
     n_vjp: int = field(default=1, init=False)
 
@@ -171,6 +174,7 @@ class MeanOnly:
     """dps without the denoiser's Jacobian, in whose place stands alpha, a unit Gaussian's: half the cost, another target."""
 
     moves_x0: ClassVar[bool] = False
+    skips_denoiser: ClassVar[bool] = True
     couples: bool = field(default=False, init=False)
     nfe: int = field(default=1, init=False)
     n_vjp: int = field(default=1, init=False)
@@ -187,6 +191,7 @@ class Normalized:
     """dps with each sample's gradient at unit length: no stated distribution; lam is a length that only calibration explains."""
 
     moves_x0: ClassVar[bool] = False
+    skips_denoiser: ClassVar[bool] = False
     couples: bool = field(default=False, init=False)
     nfe: int = field(default=1, init=False)
     n_vjp: int = field(default=1, init=False)
@@ -203,6 +208,7 @@ class LgdMc:
 
     draws: float = 4
     moves_x0: ClassVar[bool] = False
+    skips_denoiser: ClassVar[bool] = False
     couples: bool = field(default=False, init=False)
     nfe: int = field(default=1, init=False)
 
@@ -231,6 +237,7 @@ class Covariance:
     """
 
     moves_x0: ClassVar[bool] = False
+    skips_denoiser: ClassVar[bool] = False
     couples: bool = field(default=False, init=False)
     nfe: int = field(default=1, init=False)
     n_vjp: int = field(default=1, init=False)
@@ -260,6 +267,7 @@ class Tfg:
     n_iter: float = 4
     gamma: float = 0.1
     moves_x0: ClassVar[bool] = False
+    skips_denoiser: ClassVar[bool] = False
     couples: bool = field(default=False, init=False)
     nfe: int = field(default=1, init=False)
 
@@ -301,6 +309,7 @@ class Daps:
     langevin: float = 5
     pace: float = 0.5
     moves_x0: ClassVar[bool] = True
+    skips_denoiser: ClassVar[bool] = True
     couples: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from tiltscope.engine.feature.readout import Readout
-from tiltscope.engine.sampler.state import Need, Observation, Programme, SlotState
+from tiltscope.engine.runtime.graphs import GraphRunner, Graphs, StepOn
+from tiltscope.engine.sampler.lifts import Lift
+from tiltscope.engine.sampler.state import HostRows, Need, Observation, Programme, SlotState
 from tiltscope.engine.sampler.tick import advance
+from tiltscope.kernels.implementation import Calls
 
 _READOUT = tuple(each.name for each in fields(Readout))
 _TENSORS = tuple(each.name for each in fields(SlotState) if each.name not in ("readout", "host"))
@@ -82,3 +85,86 @@ def step_into(slots: StaticSlots, programme: Programme, needs: Sequence[Need]) -
     for name, made, held in zip(Observation._fields, seen, slots.seen, strict=True):
         written[f"seen.{name}"] = held.copy_(made)
     return written
+
+
+def kind_of(needs: Sequence[Need], lift: Lift) -> str:
+    """What a graph is called: the networks it runs, for every bucket of slots in turn."""
+    guided = "trunk-only" if lift.skips_denoiser else "guided"
+
+    def one(need: Need) -> str:
+        ran = (("unguided", need.unguided), ("reading", need.reads), (guided, need.guided))
+        return "+".join(name for name, on in ran if on) or "idle"
+
+    return ",".join(map(one, needs))
+
+
+class Replaying:
+    """Slots that advance by replays: load, tick, tick, ..., and `state` when they are done."""
+
+    def __init__(self, programme: Programme, runner: GraphRunner, slots: StaticSlots) -> None:
+        self.programme, self._runner, self._slots = programme, runner, slots
+        self._size = len(slots.state.lam)
+        self._host = slots.state.host
+
+    def load(self, state: SlotState) -> None:
+        """Take these slots in: all that the host writes."""
+        with self._runner.loading(self._size):
+            self._slots.load(state)
+        self._host = state.host
+
+    def tick(self, calls: Calls | None = None) -> None:
+        """Every slot by its own row. A kind that was not met before is captured first."""
+        needs = self.programme.needs(self._host)
+        kind = kind_of(needs, self.programme.lift)
+        if not self._runner.captured(self._size, kind):
+            self._runner.capture_one(self._size, kind, self._step(needs))
+        self._runner.replay(self._size, kind, calls)
+        active = self.programme.kinds(self._host) >= 0
+        self._host = HostRows(plan=self._host.plan, row=self._host.row + active, tilted=self._host.tilted)
+
+    @property
+    def state(self) -> SlotState:
+        """The slots as they are now, in memory of their own."""
+        return replace(self._slots.copy(), host=self._host)
+
+    def observation(self) -> Observation:
+        """What the last tick saw, in memory of its own: the next replay overwrites the buffers, not this."""
+        return self._slots.observation()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The buffers, at the addresses that every replay reads and writes."""
+        return self._slots.tensors()
+
+    def report(self) -> list[dict[str, Any]]:
+        return self._runner.report()
+
+    def _step(self, needs: Sequence[Need]) -> StepOn:
+        def step(stream: int) -> None:
+            del stream  # torch works on the current stream, which is the capture's
+            step_into(self._slots, self.programme, needs)
+
+        return step
+
+
+class GraphedTicks:
+    """The graphs of a run, for every number of slots that it advances together."""
+
+    def __init__(self, graphs: Graphs, *, always: bool = False) -> None:
+        self._graphs, self._always = graphs, always
+        self._started: dict[tuple[Any, ...], Replaying] = {}
+
+    def start(self, state: SlotState, programme: Programme) -> Replaying:
+        """These slots, loaded into the buffers of their number."""
+        key = (len(state.lam), programme.bucket, programme.particles)
+        if key not in self._started:
+            slots = StaticSlots.like(state)
+            runner = GraphRunner(self._graphs, (len(state.lam),), lambda _: slots.tensors(), always=self._always)
+            self._started[key] = Replaying(programme, runner, slots)
+        started = self._started[key]
+        started.load(state)
+        return started
+
+    def report(self) -> list[dict[str, Any]]:
+        """What ran, for a manifest (GraphRunner.report)."""
+        return [facts for each in self._started.values() for facts in each.report()]

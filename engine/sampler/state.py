@@ -5,7 +5,7 @@ group of slots that stand together. The host mirrors the row counters, which are
 needs without asking the device.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from tiltscope.engine.sampler.noise import STREAM_START, seed_key
 from tiltscope.engine.sampler.plan import GraphKind, Plan
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.tilt.log_tilt import LogTilt
-from tiltscope.kernels.dispatch import Implementation
+from tiltscope.kernels.implementation import Implementation
 from tiltscope.kernels.philox import normal
 
 CPU = torch.device("cpu")
@@ -64,6 +64,11 @@ class SlotState:
     lineage: Int[Tensor, "batch"]
     ok: Bool[Tensor, "batch"]
     host: HostRows
+
+    def to(self, device: torch.device) -> "SlotState":
+        """The same slots there; themselves where they are there already."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved, readout=None if self.readout is None else self.readout.to(self.x.dtype, device))
 
 
 class Need(NamedTuple):
@@ -107,9 +112,9 @@ class Sight(NamedTuple):
 class Programme:
     """What the slots refer to: the plans, the log-tilts, the lift and the networks, in the state's dtype.
 
-    device: where the slots, the tables and the networks are. kernels: which implementation of the fused operations runs
-    (kernels/dispatch.py). particles: slots a sample. bucket: slots that a network call takes, None for all of them at once. start: a picture x0 that
-    every slot sets out from, noised to the plan's first level; None: from noise alone.
+    device: where slots, tables and networks are. kernels: which implementation of the fused operations runs
+    (kernels/dispatch.py). particles: slots a sample. bucket: slots that a network call takes, None for all of them at once.
+    start: a picture x0 that every slot sets out from, noised to the plan's first level; None: from noise alone.
     """
 
     plans: tuple[Plan, ...]
@@ -167,7 +172,9 @@ class Programme:
         """What the next tick runs, one a network call."""
         kinds = self.kinds(host)
         size = self.bucket or len(kinds)
-        return tuple(self._need(kinds[at : at + size], host.tilted[at : at + size]) for at in range(0, len(kinds), size))
+        return tuple(
+            self._need(kinds[at : at + size], host.tilted[at : at + size]) for at in range(0, len(kinds), size)
+        )
 
     def _need(self, kinds: NDArray[np.int8], tilted: NDArray[np.bool_]) -> Need:
         unguided = kinds == GraphKind.UNGUIDED

@@ -8,7 +8,7 @@ import torch
 from kernel_cases import guided_case
 
 import tiltscope
-from tiltscope.kernels import dispatch, reference
+from tiltscope.kernels import dispatch, implementation, reference
 
 CASE = guided_case(4, (3, 6, 5))
 
@@ -94,8 +94,10 @@ def test_triton_without_a_device_is_refused_and_never_becomes_the_reference():
 
 
 def test_triton_that_is_not_installed_is_refused_with_the_extra_to_install(monkeypatch):
-    find = dispatch.importlib.util.find_spec
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    find = implementation.importlib.util.find_spec
+    monkeypatch.setattr(
+        implementation.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name)
+    )
     with pytest.raises(tiltscope.errors.RunnerError, match=r"pip install 'tiltscope\[triton\]'"):
         dispatch.guided_step(*CASE, implementation="triton")
 
@@ -107,7 +109,7 @@ def test_compiled_without_a_compiler_is_refused(monkeypatch):
     def none() -> str:
         raise InvalidCxxCompiler
 
-    dispatch._require_compiler.cache_clear()
+    implementation.require_compiler.cache_clear()
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     with pytest.raises(tiltscope.errors.RunnerError, match="need a C\\+\\+ compiler"):
         dispatch.guided_step(*CASE, implementation="compiled")

@@ -103,7 +103,17 @@ def test_weighing_and_resampling_may_be_captured(needs):
     assert judged(PRIOR, SMALL, [needs], particles=3).problems == ()
 
 
-@pytest.mark.parametrize("address", ["blocks.1:neuron:5@max", "blocks.1:sae:7@mean", "blocks.2:neuron:1@lse", "norm:cls:7", "blocks.1:neuron:3@2,1", "sum"])  # fmt: skip
+@pytest.mark.parametrize(
+    "address",
+    [
+        "blocks.1:neuron:5@max",
+        "blocks.1:sae:7@mean",
+        "blocks.2:neuron:1@lse",
+        "norm:cls:7",
+        "blocks.1:neuron:3@2,1",
+        "sum",
+    ],
+)
 def test_a_tick_of_every_readout_may_be_captured(bundle, address):
     """Under a prior that is one product: what is looked at is the trunk and the readout, forward and backward."""
     read = bundle.feature(FEATURE if address == "sum" else address)

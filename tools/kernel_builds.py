@@ -1,0 +1,129 @@
+"""Every Triton kernel compiled ahead of time, without a device, for every target: what ptxas made of it, read off the cubin.
+
+A variant is what a launch would pick: constants, and the types of its tensors. Ahead of time no pointer exists, so nothing is
+promised about one but what the constant ALIGNED promises.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tiltscope.kernels import guided_step
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+# A multiprocessor's registers, and the warps and blocks that fit it; CUDA C++ programming guide, "compute capabilities".
+_REGISTERS = 65536
+_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+_BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+_SHARED_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with its constants and the types of its arguments."""
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one variant takes on one target. wide: 128-bit accesses (loads, stores) in the machine code; local: spills."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    wide: tuple[int, int]
+    instructions: int
+    threads: int
+    target: int
+
+    @property
+    def occupancy(self) -> float:
+        """The share of a multiprocessor's warps that fit by registers, shared memory and blocks: a bound, not measured."""
+        warps = self.threads // 32
+        a_warp = -(-self.registers * 32 // 256) * 256  # registers are handed out 256 at a time
+        by_shared = _SHARED_KIB[self.target] * 1024 // (self.shared + 1024)
+        blocks = min(_REGISTERS // (a_warp * warps), _WARPS[self.target] // warps, _BLOCKS[self.target], by_shared)
+        return blocks * warps / _WARPS[self.target]
+
+
+_INT64 = ("num_rows_ptr", "plan_ptr", "row_ptr", "key_ptr", "index_ptr", "particle_ptr", "row_out_ptr")
+_BOOL = ("ok_ptr", "guided_ptr", "ok_out_ptr")
+
+
+def guided_step_variant(network: str = "fp32", **constants: Any) -> Variant:
+    """guided_step with D and grad_a in `network`; constants as in the kernel, by default the aligned form of large samples."""
+    types = dict.fromkeys(guided_step.POINTERS, "*fp32")
+    types |= dict.fromkeys(_INT64, "*i64") | dict.fromkeys(_BOOL, "*i1") | {"ticket_ptr": "*i32"}
+    types |= dict.fromkeys(("x0_hat_ptr", "grad_a_ptr"), f"*{network}")
+    types |= {name: "i64" if name.startswith("stride") else "i32" for name in guided_step.SIZES}
+    chosen = {
+        "GROUPS": guided_step.GROUPS,
+        "PARTS": guided_step.PARTS,
+        "ALIGNED": True,
+        "CHANNELS_LAST": False,
+        "SINGLE": False,
+    } | constants
+    label = ", ".join(
+        [network, *(name.lower() if value else f"not {name.lower()}" for name, value in constants.items())]
+    )
+    return Variant(f"guided_step ({label})", guided_step._guided_step_kernel, types, chosen, guided_step.NUM_WARPS)
+
+
+def variants() -> list[Variant]:
+    """What the table in docs/kernels.md lists."""
+    forms: tuple[dict[str, bool], ...] = ({}, {"SINGLE": True}, {"ALIGNED": False}, {"CHANNELS_LAST": True})
+    return [guided_step_variant(network, **form) for network in ("fp32", "bf16", "fp16") for form in forms]
+
+
+def compile_for(variant: Variant, target: int) -> Any:
+    """Triton's compiled kernel for sm_<target>."""
+    types = dict(variant.types) | dict.fromkeys(variant.constants, "constexpr")
+    source = ASTSource(variant.kernel, types, dict(variant.constants), {})
+    made = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": variant.num_warps})
+    return made
+
+
+def usage_of(variant: Variant, target: int) -> Usage:
+    made = compile_for(variant, target)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(made.asm["cubin"])
+        resources, sass = (_cuobjdump(option, cubin) for option in ("-res-usage", "-sass"))
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
+    return Usage(
+        registers=found["REG"],
+        stack=found["STACK"],
+        local=found["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        shared=made.metadata.shared,
+        wide=(len(re.findall(r"LDG\.E\S*\.128", sass)), len(re.findall(r"STG\.E\S*\.128", sass))),
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
+        threads=32 * variant.num_warps,
+        target=target,
+    )
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    made = subprocess.run([_program(), option, cubin], capture_output=True, text=True, check=True)
+    return made.stdout
+
+
+@cache
+def _program() -> str:
+    """triton's wheel brings it."""
+    return str(knobs.nvidia.cuobjdump.path)

@@ -1,0 +1,504 @@
+"""PTX, as Triton compiled it, run on a CPU with numpy: what ptxas would be given is itself executed and checked.
+
+All threads of a block run in lock step, a numpy array a register; threads that diverge wait at the higher program counter and
+join again there. Blocks run one after another. An instruction or modifier outside the tables below is refused when the kernel is
+loaded. Memory is checked as ptx_memory.py says; a barrier or a shuffle that not every thread reaches is refused, and so is a
+register read before it is written (one that is written nowhere is the unused half of a packed pair, and holds NaN).
+
+Not modelled: warp scheduling, what ptxas does afterwards, and the error of approximate instructions, which are computed in
+float64 and rounded once; `approximation` multiplies their results by 1 +- that much instead. fma rounds its exact product's sum
+twice, which is one unit in the last place, rarely. Source: PTX ISA, NVIDIA.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ptx_memory import SHARED, BlockMemory, Buffer, Memory, PTXError
+
+Values = NDArray[Any]
+_POISON = 0x7FC0DEAD  # a NaN
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+DTYPES: dict[str, Any] = {"pred": np.bool_, "f16": np.float16, "f32": np.float32, "f64": np.float64}
+for _bits in (8, 16, 32, 64):
+    DTYPES |= {
+        f"b{_bits}": _UNSIGNED[_bits // 8],
+        f"u{_bits}": _UNSIGNED[_bits // 8],
+        f"s{_bits}": np.dtype(f"i{_bits // 8}").type,
+    }
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line: `op` is the name and its modifiers, `args` the operands as written."""
+
+    text: str
+    guard: str | None
+    negated: bool
+    op: tuple[str, ...]
+    args: tuple[str, ...]
+
+
+_LINE = re.compile(r"(?:@(!?)(%p\d+)\s+)?([a-z][\w.]*)(?:\s+(.*?))?;")
+_ARGUMENT = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
+
+
+class Kernel:
+    """PTX text, parsed; every instruction known, or PTXError."""
+
+    def __init__(self, ptx: str) -> None:
+        self.threads = int(_find(r"\.reqntid (\d+)", ptx))
+        self.params = re.findall(r"\.param \.\w+ (?:\.ptr[^\n]*? )?(\w+_param_\d+)", ptx)
+        body = re.search(r"\n\{(.*?)\n\}", ptx[ptx.index(".reqntid") :], re.S)
+        if body is None:
+            raise PTXError("no body found")
+        self.widths = {name: int(bits) // 8 for bits, name in re.findall(r"\.reg \.b(\d+)\s+%([a-z]+)<", body[1])}
+        self.code: list[Instruction] = []
+        self.labels: dict[str, int] = {}
+        for line in body[1].splitlines():
+            self._read(re.sub(r"//.*", "", line).strip())
+        self.assigned = {
+            name
+            for each in self.code
+            for name in re.findall(r"%\w+", each.args[0] if each.args else "")
+            if each.op[0] not in ("st", "bra", "bar", "ret")
+        }
+
+    def _read(self, line: str) -> None:
+        if line.endswith(":"):
+            self.labels[line[:-1]] = len(self.code)
+            return
+        if not line or line[0] in ".{}":
+            return
+        found = _LINE.fullmatch(line)
+        if found is None:
+            raise PTXError(f"not understood: {line}")
+        negated, guard, op, rest = found.groups()
+        each = Instruction(line, guard, negated == "!", tuple(op.split(".")), tuple(_ARGUMENT.findall(rest or "")))
+        if each.op[0] not in _CONTROL:
+            _meaning(each)
+        self.code.append(each)
+
+
+def _find(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise PTXError(f"{pattern} not found")
+    return found[1]
+
+
+# -- what an instruction without side effects means: functions of typed operands ------------------------------------------
+
+
+def _flush(v: Values) -> Values:
+    return np.where(np.abs(v) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), v), v).astype(np.float32)
+
+
+def _exact(function: Callable[..., Values]) -> Callable[..., Values]:
+    """In float64, rounded once to the operands' type."""
+    return lambda *v: function(*(each.astype(np.float64) for each in v)).astype(v[0].dtype)
+
+
+def _integer_divide(a: Values, b: Values) -> Values:
+    quotient = np.abs(a.astype(np.int64)) // np.abs(np.where(b == 0, 1, b).astype(np.int64))
+    return (quotient * np.sign(a) * np.sign(b)).astype(a.dtype)
+
+
+def _shift(a: Values, by: Values, *, left: bool) -> Values:
+    bits = a.itemsize * 8
+    beyond = by.astype(np.uint64) >= bits  # PTX clamps the count
+    near = np.minimum(by.astype(np.uint64), bits - 1).astype(a.dtype)
+    if left:
+        return np.where(beyond, np.zeros_like(a), a << near)
+    return np.where(beyond & (a.dtype.kind == "u"), np.zeros_like(a), a >> near)
+
+
+def _extract(a: Values, start: Values, length: Values) -> Values:
+    """bfe: `length` bits from `start`, extended by sign where the type has one; fields that lie inside the word."""
+    bits = a.itemsize * 8
+    if ((start + length > bits) | (length == 0)).any():
+        raise PTXError("bfe of a field that leaves the word")
+    up = (bits - start - length).astype(a.dtype)
+    return (a << up) >> (bits - length).astype(a.dtype)
+
+
+def _high(a: Values, b: Values) -> Values:
+    wide = np.int64 if a.dtype.kind == "i" else np.uint64
+    return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
+
+
+def _logic3(a: Values, b: Values, c: Values, table: Values) -> Values:
+    made = np.zeros_like(a)
+    for place in range(8):
+        if int(table[0]) >> place & 1:
+            made |= (a if place & 4 else ~a) & (b if place & 2 else ~b) & (c if place & 1 else ~c)
+    return made
+
+
+_FMA = _exact(lambda a, b, c: a * b + c)
+_ARITHMETIC: dict[str, Callable[..., Values]] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+_FLOAT: dict[str, Callable[..., Values]] = {
+    **_ARITHMETIC,
+    "fma": _FMA,
+    "max": np.fmax,
+    "min": np.fmin,
+    "abs": np.abs,
+    "neg": np.negative,
+    "div": _exact(np.divide),
+    "sqrt": _exact(np.sqrt),
+    "rsqrt": _exact(lambda v: 1 / np.sqrt(v)),
+    "rcp": _exact(lambda v: 1 / v),
+    "ex2": _exact(np.exp2),
+    "lg2": _exact(np.log2),
+}
+_APPROXIMATE = ("sqrt", "rsqrt", "rcp", "ex2", "lg2", "div")
+_INTEGER: dict[str, Callable[..., Values]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "max": np.maximum,
+    "min": np.minimum,
+    "neg": np.negative,
+    "abs": np.abs,
+    "div": _integer_divide,
+    "rem": lambda a, b: a - _integer_divide(a, b) * b,
+    "bfe": _extract,
+}
+_BITS: dict[str, Callable[..., Values]] = {
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.invert,
+    "lop3": _logic3,
+}
+_COMPARE: dict[str, Callable[[Values, Values], Values]] = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
+_REDUCTIONS: dict[str, Callable[..., Values]] = {"max": np.fmax, "min": np.fmin, "add": np.add}
+_CONTROL = {"ld", "st", "atom", "bra", "ret", "bar", "shfl", "redux", "mov", "cvta"}
+_INT_TYPES = {name for name in DTYPES if name[0] in "us"}
+_BIT_TYPES = {name for name in DTYPES if name[0] == "b"} | {"pred"}
+Meaning = tuple[str, Callable[..., Values]]  # the operands' type, and the function of them
+
+
+def _meaning(each: Instruction) -> Meaning:
+    """Raises PTXError for what is not in the tables."""
+    name, *mods = each.op
+    kind = mods[-1] if mods else ""
+    rest = set(mods[:-1])
+    if name in _FLOAT and kind in ("f32", "f64", "f32x2"):
+        if rest <= {"rn", "approx", "full", "ftz"} and (
+            ("approx" not in rest and "full" not in rest) or name in _APPROXIMATE
+        ):
+            return kind, _FLOAT[name]
+    elif name in _INTEGER and kind in _INT_TYPES and not rest:
+        return kind, _INTEGER[name]
+    elif name in ("mul", "mad") and kind in _INT_TYPES and len(rest) == 1:
+        product = {"lo": np.multiply, "hi": _high, "wide": None}.get(next(iter(rest)), 0)
+        if product != 0 and not (product is _high and kind[1:] != "32"):
+            return kind, product or np.multiply
+    elif (name in _BITS and kind in _BIT_TYPES and not rest) or (name == "selp" and kind in DTYPES and not rest):
+        return kind, _BITS.get(name, np.where)
+    elif name in ("shl", "shr") and kind in DTYPES and not rest:
+        return kind, lambda a, by: _shift(a, by, left=name == "shl")
+    elif name == "setp" and kind in DTYPES and len(mods) <= 3 and mods[0][:2] in _COMPARE and mods[0][2:] in ("", "u"):
+        return kind, _COMPARE[mods[0][:2]]
+    elif name == "cvt" and _CONVERSION.fullmatch(".".join(mods)):
+        return kind, np.asarray
+    raise PTXError(f"unknown instruction: {each.text}")
+
+
+_CONVERSION = re.compile(
+    r"(?:(?:rn|rzi|rmi|rpi|rni)\.)?(?:ftz\.)?(?:[us](?:8|16|32|64)|f16|f32|f64)\.(?:[us](?:8|16|32|64)|f16|f32|f64|bf16)"
+    r"|rn\.bf16(?:x2)?\.f32|rn\.f16x2\.f32"
+)
+_WHOLE: dict[str, Callable[[Values], Values]] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+
+
+def _round_to_bfloat16(v: Values) -> Values:
+    bits = v.view(np.uint32).astype(np.uint64)
+    nearest = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
+    return np.where((bits & np.uint64(0x7FFFFFFF)) > 0x7F800000, 0x7FFF, nearest).astype(np.uint16)
+
+
+# -- one block ---------------------------------------------------------------------------------------------------------------
+
+
+class Block:
+    """The registers and the run of one block."""
+
+    def __init__(
+        self, kernel: Kernel, number: int, arguments: Sequence[int], memory: BlockMemory, approximation: float
+    ) -> None:
+        self._kernel, self._number, self._memory = kernel, number, memory
+        self._values = dict(zip(kernel.params, arguments, strict=True))
+        self._registers: dict[str, Values] = {}
+        self._size = kernel.threads
+        self._approximation = approximation
+
+    def read(self, operand: str, kind: str) -> Values:
+        """An operand, one value a thread, as the type `kind`."""
+        dtype, n = np.dtype(DTYPES[kind]), self._size
+        special = {"%tid.x": np.arange(n), "%ctaid.x": self._number, "%laneid": np.arange(n) % 32, "%ntid.x": n}
+        if operand in special or operand in ("%ctaid.y", "%ctaid.z"):
+            return np.broadcast_to(np.asarray(special.get(operand, 0)).astype(dtype), (n,))
+        if operand.startswith("%"):
+            if operand not in self._registers:
+                if operand in self._kernel.assigned:
+                    raise PTXError(f"register {operand} is read before it is written")
+                return np.full(n, _POISON, np.uint32).astype(_UNSIGNED[dtype.itemsize]).view(dtype)
+            held = self._registers[operand]
+            if kind == "pred":
+                return held
+            return held.astype(_UNSIGNED[dtype.itemsize]).view(dtype)
+        if operand == "global_smem":
+            number = SHARED << 40
+        elif operand.startswith(("0f", "0F")):
+            number = int(operand[2:], 16)
+            return np.full(n, number, np.uint32).astype(_UNSIGNED[dtype.itemsize]).view(dtype)
+        elif operand.startswith(("0d", "0D")):
+            return np.full(n, int(operand[2:], 16), np.uint64).view(dtype)
+        else:
+            number = int(operand, 0)
+        if dtype.kind == "f":
+            return np.full(n, number, dtype)
+        if dtype.kind == "b":
+            return np.full(n, bool(number))
+        return np.full(n, number % (1 << dtype.itemsize * 8), _UNSIGNED[dtype.itemsize]).view(dtype)
+
+    def write(self, register: str, values: Values, active: Values) -> None:
+        if register == "_":
+            return
+        raw = values
+        if values.dtype != np.bool_:
+            width = self._kernel.widths[register[1:].rstrip("0123456789")]
+            signed = values.dtype.kind == "i" and values.itemsize < width  # sign-extended to its register
+            raw = (values.astype(f"i{width}") if signed else values).view(
+                _UNSIGNED[width if signed else values.itemsize]
+            )
+            raw = raw.astype(_UNSIGNED[width])
+        held = self._registers.setdefault(register, np.zeros(self._size, raw.dtype))
+        np.copyto(held, raw, where=active)
+
+    def address(self, operand: str, space: str) -> Values:
+        base, _, plus = operand.strip("[] ").partition("+")
+        offset = int(plus.strip() or "0", 0)
+        base = base.strip()
+        if space == "shared":
+            low = (
+                (self.read(base, "b32").astype(np.int64) + offset) & 0xFFFFFFFF
+                if base != "global_smem"
+                else np.full(self._size, offset)
+            )
+            return low.astype(np.uint64) + np.uint64(SHARED << 40)
+        return self.read(base, "b64") + np.uint64(offset % (1 << 64))
+
+    def compute(self, each: Instruction) -> Values:
+        name, *mods = each.op
+        kind, function = _meaning(each)
+        args = each.args[1:]
+        if name == "cvt":
+            return self._convert(mods, args)
+        if name == "selp":
+            return np.where(self.read(args[2], "pred"), self.read(args[0], kind), self.read(args[1], kind))
+        if name in ("shl", "shr"):
+            return function(self.read(args[0], kind), self.read(args[1], "b32"))
+        if name == "bfe":
+            return function(self.read(args[0], kind), *(self.read(each, "u32").astype(np.int64) for each in args[1:]))
+        if kind == "f32x2":
+            halves = [self.read(each, "b64").view(np.float32).reshape(-1, 2) for each in args]
+            return np.ascontiguousarray(function(*halves).astype(np.float32)).view(np.uint64).reshape(-1)
+        v = [self.read(each, kind) for each in args[: 3 if name != "lop3" else 4]]
+        if "ftz" in mods:
+            v = [_flush(each) for each in v]
+        if name == "setp":
+            made = function(v[0], v[1])
+            if kind[0] != "f":
+                return made
+            unordered = np.isnan(v[0]) | np.isnan(v[1])
+            return made | unordered if mods[0][2:] == "u" else made & ~unordered
+        if name in ("mul", "mad") and kind in _INT_TYPES:
+            if "wide" in mods:
+                double = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 4}")
+                made = v[0].astype(double) * v[1].astype(double)
+                return made + self.read(args[2], f"{kind[0]}{int(kind[1:]) * 2}") if name == "mad" else made
+            made = function(v[0], v[1])
+            return made + v[2] if name == "mad" else made
+        made = function(*v)
+        if self._approximation and name in _APPROXIMATE and ("approx" in mods or "full" in mods):
+            sign = np.where(np.arange(self._size) % 2 == 0, 1, -1)
+            made = (made.astype(np.float64) * (1 + sign * self._approximation)).astype(made.dtype)
+        return _flush(made) if "ftz" in mods and made.dtype == np.float32 else made
+
+    def _convert(self, mods: list[str], args: Sequence[str]) -> Values:
+        to, source = mods[-2:]
+        if source == "bf16":
+            return (self.read(args[0], "b16").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        if to in ("bf16", "bf16x2", "f16x2"):
+            parts = [self.read(each, "f32") for each in args]
+            low = [
+                _round_to_bfloat16(each) if to != "f16x2" else each.astype(np.float16).view(np.uint16) for each in parts
+            ]
+            return low[0] if len(low) == 1 else (low[0].astype(np.uint32) << np.uint32(16)) | low[1]
+        v = self.read(args[0], source)
+        dtype = np.dtype(DTYPES[to])
+        if mods[0] in _WHOLE:
+            v = _WHOLE[mods[0]](v.astype(np.float64))
+        if v.dtype.kind == "f" and dtype.kind in "ui":
+            v = np.clip(np.nan_to_num(v), np.iinfo(dtype).min, np.iinfo(dtype).max)
+        return v.astype(dtype)
+
+    def access(self, each: Instruction, active: Values) -> None:
+        """ld and st of global and shared memory; v2 and v4 are one access."""
+        name, space, *mods = each.op
+        kind = mods[-1]
+        if (
+            space not in ("global", "shared")
+            or not set(mods[:-1]) <= {"v2", "v4", "cg", "nc", "volatile"}
+            or kind not in DTYPES
+        ):
+            raise PTXError(f"unknown instruction: {each.text}")
+        item = np.dtype(DTYPES[kind]).itemsize
+        registers = _list(each.args[0 if name == "ld" else 1])
+        if not active.any():
+            return
+        at = self.address(each.args[1 if name == "ld" else 0], space)[active]
+        if name == "st":
+            parts = [self.read(register, f"b{item * 8}")[active] for register in registers]
+            raw = np.stack(parts, 1).view(np.uint8).reshape(len(at), -1)
+            self._memory.store(at, raw, active, each.text)
+            return
+        loaded = self._memory.load(at, item * len(registers), active, each.text)
+        for place, register in enumerate(registers):
+            values = np.zeros(self._size, DTYPES[kind])
+            values[active] = np.ascontiguousarray(loaded[:, place * item : (place + 1) * item]).view(DTYPES[kind])[:, 0]
+            self.write(register, values, active)
+
+    def move(self, each: Instruction, active: Values) -> None:
+        name, *mods = each.op
+        if (name, mods[0]) != ("cvta", "to") and len(mods) != 1:
+            raise PTXError(f"unknown instruction: {each.text}")
+        kind, (to, source) = mods[-1], each.args
+        if to.startswith("{"):
+            parts = _list(to)
+            width = int(kind[1:]) // len(parts)
+            pieces = np.ascontiguousarray(self.read(source, kind)).view(DTYPES[f"b{width}"]).reshape(self._size, -1)
+            for place, register in enumerate(parts):
+                self.write(register, np.ascontiguousarray(pieces[:, place]), active)
+        elif source.startswith("{"):
+            parts = _list(source)
+            pieces = [self.read(part, f"b{int(kind[1:]) // len(parts)}") for part in parts]
+            self.write(to, np.stack(pieces, 1).view(DTYPES[f"b{kind[1:]}"]).reshape(-1), active)
+        else:
+            self.write(to, self.read(source, kind), active)
+
+    def run(self) -> set[int]:
+        """-> the places in the code that were reached."""
+        code, n = self._kernel.code, self._size
+        counter, alive, reached = np.zeros(n, np.int64), np.ones(n, bool), set[int]()
+        while alive.any():
+            here = int(counter[alive].min())
+            each = code[here]
+            present = alive & (counter == here)
+            active = present
+            if each.guard is not None:
+                active = present & (self.read(each.guard, "pred") ^ each.negated)
+            reached.add(here)
+            counter[present] += 1
+            name = each.op[0]
+            if name == "bra":
+                counter[active] = self._kernel.labels[each.args[0]]
+            elif name == "ret":
+                alive &= ~active
+            elif name == "bar":
+                if (active != alive).any():
+                    raise PTXError(f"{each.text}: {active.sum()} of {alive.sum()} threads reach the barrier")
+                self._memory.barrier()
+            elif name == "ld" and each.op[1] == "param":
+                kind = each.op[2]
+                value = self._values[each.args[1].strip("[] ")] % (1 << np.dtype(DTYPES[kind]).itemsize * 8)
+                self.write(each.args[0], np.full(n, value, DTYPES[kind.replace("s", "u")]), active)
+            elif name in ("ld", "st"):
+                self.access(each, active)
+            elif name == "atom":
+                self.atomic(each, active)
+            elif name == "shfl":
+                _, order, how, *_ = each.op
+                if (order, how) != ("sync", "bfly") or each.args[-1] not in ("-1", "0xffffffff") or not active.all():
+                    raise PTXError(f"{each.text}: only whole-warp butterflies that every thread reaches")
+                self.write(
+                    each.args[0].split("|")[0], self.read(each.args[1], "b32")[np.arange(n) ^ int(each.args[2])], active
+                )
+            elif name == "redux":
+                _, order, how, kind = each.op if len(each.op) == 4 else (*each.op[:2], "", "")
+                known = how in _REDUCTIONS and kind in ("s32", "u32", "f32") and not (how == "add" and kind == "f32")
+                if order != "sync" or not known:
+                    raise PTXError(f"unknown instruction: {each.text}")
+                if not active.all():
+                    raise PTXError(f"{each.text}: only whole-warp reductions that every thread reaches")
+                warps = self.read(each.args[1], kind).reshape(-1, 32)
+                self.write(each.args[0], np.repeat(_REDUCTIONS[how].reduce(warps, 1).astype(DTYPES[kind]), 32), active)
+            elif name in ("mov", "cvta"):
+                self.move(each, active)
+            else:
+                with np.errstate(all="ignore"):
+                    self.write(each.args[0], self.compute(each), active)
+        return reached
+
+    def atomic(self, each: Instruction, active: Values) -> None:
+        if each.op != ("atom", "global", "gpu", "acq_rel", "add", "u32"):
+            raise PTXError(f"unknown instruction: {each.text}")
+        values = np.zeros(self._size, np.uint32)
+        for thread in np.flatnonzero(active).tolist():
+            at, plus = self.address(each.args[1], "global")[thread], self.read(each.args[2], "b32")[thread]
+            values[thread] = self._memory.add_atomically(int(at), int(plus), thread, each.text)
+        self.write(each.args[0], values, active)
+
+
+def _list(operand: str) -> list[str]:
+    return [part.strip() for part in operand.strip("{} ").split(",")]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a launch did. buffers: by argument's place. executed: the share of the instructions that some block reached."""
+
+    buffers: dict[int, Buffer]
+    executed: float
+
+    def reads(self, place: int) -> set[int]:
+        """How often each byte of an argument was read, by distinct instructions and blocks."""
+        return set(self.buffers[place].reads.tolist())
+
+    def writes(self, place: int) -> set[int]:
+        return set(self.buffers[place].writes.tolist())
+
+    def widths(self, place: int, kind: str) -> set[int]:
+        """The sizes in bytes of the accesses of a kind, "ld" or "st"."""
+        return {size for name, size in self.buffers[place].widths if name == kind}
+
+
+def launch(
+    kernel: Kernel, grid: int, arguments: Sequence[Any], shared_bytes: int, *, approximation: float = 0.0
+) -> Seen:
+    """Runs `grid` blocks. arguments: integers, and numpy arrays, which are written in place as device memory is."""
+    memory = Memory()
+    numbers = [
+        memory.add(at + 2, each) if isinstance(each, np.ndarray) else int(each) for at, each in enumerate(arguments)
+    ]
+    numbers += [0] * (len(kernel.params) - len(numbers))  # triton's scratch pointers, which these kernels do not use
+    reached: set[int] = set()
+    for block in range(grid):
+        view = BlockMemory(memory, block, kernel.threads, max(shared_bytes, 16))
+        reached |= Block(kernel, block, numbers, view, approximation).run()
+    for at, each in enumerate(arguments):
+        if isinstance(each, np.ndarray):
+            each[...] = memory.buffers[at + 2].data.view(each.dtype).reshape(each.shape)
+    return Seen({number - 2: each for number, each in memory.buffers.items()}, len(reached) / len(kernel.code))
