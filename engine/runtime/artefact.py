@@ -73,7 +73,7 @@ def artefact_key(kind: str, prior: Prior, feature: Feature, dtype: torch.dtype) 
         "shape": list(prior.shape),
         # One engine serves every feature of a hook: only the shape of the readout is built in. A custom feature is built in.
         "hook": feature.trunk.hook if feature.trunk is not None else feature.identity,
-        "readout": None if readout is None else [padded_rows(readout.num_rows), readout.direction.shape[2]],
+        "readout": None if readout is None else [padded_rows(readout.num_rows), *readout.direction.shape[2:]],
         "dtype": str(dtype).removeprefix("torch."),
         "versions": _versions(),
         "machine": platform.machine(),
