@@ -59,6 +59,7 @@ class Run:
     natural: activations of natural pictures, None where lam was given and prior and feature share no pool; `source` says
     whose they are. estimate: KL, log Z and ESS of the tilt that `natural` gives for what was asked, None without `natural`,
     beyond its reach, or where lam differs between samples. ascent: how lam was found on the sampler, None where it was not.
+    parity: errors of the runner's self-test (None: the reference itself), and why it should not have passed (None: it did).
     """
 
     prior: Prior
@@ -71,6 +72,7 @@ class Run:
     estimate: Calibration | None
     seconds: dict[str, float]
     ascent: Ascent | None = None
+    parity: dict[str, Any] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -215,6 +217,7 @@ class Run:
             "ascent": None if self.ascent is None else self.ascent.to_json(),
             **sourced,
             "runner": self.programme.step.name,
+            "parity": self.parity,
             "kernels": "reference",
         }
 
@@ -246,6 +249,7 @@ def sample(
     calibration_num: int = 256,
     beyond_pool: bool = False,
     runner: str = "torch",
+    allow_parity_failure: bool = False,
     dtype: str = "float32",
     on_step: OnStep | None = None,
 ) -> Samples:
@@ -288,6 +292,7 @@ def sample(
         calibration_num=calibration_num,
         beyond_pool=beyond_pool,
         runner=runner,
+        allow_parity_failure=allow_parity_failure,
         dtype=dtype,
     )
     run = calibrated(prepare(prior, feature, config))
@@ -330,10 +335,11 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
     if config.particles > 1:
         plan = proposal_plan(plan, lift)
     log_tilt: LogTilt = parse_choice(config.log_tilt, LOG_TILTS, "log_tilt")
+    gated = step_for(config.runner, prior, feature, dtype, allow_parity_failure=config.allow_parity_failure)
     programme = Programme(
         plans=(plan,),
         log_tilts=(log_tilt,),
-        step=step_for(config.runner, prior, feature, dtype),
+        step=gated.step,
         lift=lift,
         shape=prior.shape,
         dtype=dtype,
@@ -356,6 +362,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
         source=source,
         estimate=estimate,
         seconds={"calibration": time.perf_counter() - started},
+        parity={"errors": gated.parity, "failure": gated.failure},
     )
 
 
