@@ -38,8 +38,9 @@ def compile_graph(graph: nn.Module, example: list[Tensor], path: Path) -> None:
     Raises RunnerError without a C++ compiler, ExportError where Inductor refuses the graph.
     """
     from torch._inductor import aoti_compile_and_package
-    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+    from torch._inductor.exc import InductorError
 
+    check_compiler()
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     varargs = isinstance(graph, StepGraph)
     shapes: Any = tuple({0: batch} for _ in example)
@@ -47,10 +48,19 @@ def compile_graph(graph: nn.Module, example: list[Tensor], path: Path) -> None:
         with hushed():
             program = torch.export.export(graph, tuple(example), dynamic_shapes=(shapes,) if varargs else shapes)
             aoti_compile_and_package(program, package_path=str(path), inductor_configs=_SETTINGS)
-    except InvalidCxxCompiler as error:
-        raise RunnerError("runner compile needs a C++ compiler, and none was found: install g++, or set CXX") from error
     except InductorError as error:
         raise ExportError(f"{path.stem}: Inductor cannot compile this graph ({error})") from error
+
+
+def check_compiler() -> None:
+    """Raises RunnerError without a C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise RunnerError("runner compile needs a C++ compiler, and none was found: install g++, or set CXX") from error
 
 
 class Compiled:
@@ -66,6 +76,7 @@ class Compiled:
 
     def build(self, prior: Prior, feature: Feature, dtype: torch.dtype, folder: Path) -> None:
         """Every graph of the step into `folder`: minutes each."""
+        check_compiler()  # before the minutes of tracing
         for name, graph, example in traced_graphs(prior, feature, "compile"):
             compile_graph(graph, example, folder / f"{name}{SUFFIX}")
 

@@ -1,8 +1,8 @@
 """What an exported ONNX graph computes from constants alone, computed; sequences replaced by plain splits; remarks taken out.
 
-torch's exporter leaves axes, shapes and split sizes as chains of nodes over constants: TensorRT wants them to be constants and has
-no sequences. The remarks on every node name folders of the machine it ran on. The exporter's own optimiser does this and more, in a
-minute a graph; this takes a second or two. Knows ONNX; knows no networks.
+torch's exporter leaves axes, shapes and split sizes as chains of nodes over constants; TensorRT wants them to be constants and
+has no sequences. The remarks on every node name folders of the machine it ran on. The exporter's own optimiser does this and
+more, in a minute a graph; this takes a second or two. Knows ONNX; knows no networks.
 """
 
 from collections import Counter

@@ -1,7 +1,7 @@
 """Graphs that torch's own compiler (Inductor) built ahead of time, behind the step's protocol. Written by export/compiled.py.
 
-What is loaded is machine code for any batch: no compiler runs here, so nothing can be compiled again (tests/export/test_compiled.py
-loads and runs it where there is no compiler).
+What is loaded is machine code for any batch. No compiler runs here, so nothing is compiled again: tests/export/test_compiled.py
+loads and runs it where there is none.
 """
 
 import hashlib
