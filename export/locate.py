@@ -7,6 +7,7 @@ The graph is traced, exported and run by the same engine as the one that failed.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,24 @@ class TappedNetworks(StepNetworks):
         )
 
 
-def locate(prior: Prior, feature: Feature, dtype: torch.dtype, open_graph: Open) -> str:
-    """One sentence: the first module that deviates from float64 eager when `open_graph`'s engine runs the step built anew."""
+@dataclass(frozen=True, kw_only=True)
+class Tapped:
+    """The tapped graph of a step, the inputs to try it on, and what float64 eager makes of them. names: of its outputs."""
+
+    graph: StepGraph
+    example: list[Tensor]
+    given: list[Tensor]
+    expected: tuple[Tensor, ...]
+    modules: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        at = range(len(self.modules))
+        return [*(f"output_{each}" for each in at), *(f"grad_{each}" for each in at), "grad_x"]
+
+
+def tap(prior: Prior, feature: Feature, dtype: torch.dtype) -> Tapped:
+    """The step's networks cast to dtype and traced with all their taps; the reference keeps the weights that were loaded."""
     denoiser, _, readout = network_parts(prior, feature, "the gate")
     num = len(LEVELS)
     x = torch.stack([torch.from_numpy(normal(0, at, 0, 0, shape=prior.shape)) for at in range(num)])
@@ -80,15 +97,21 @@ def locate(prior: Prior, feature: Feature, dtype: torch.dtype, open_graph: Open)
     cast_prior, cast_feature = prior.to(dtype), feature.to(dtype)
     denoiser, trunk, _ = network_parts(cast_prior, cast_feature, "the gate")
     example = examples(cast_prior, cast_feature)["guided"]
-    networks = TappedNetworks(denoiser, trunk)
-    graph = trace(networks, "tapped", example)
-    names = [
-        *(f"output_{at}" for at in range(len(networks.names))),
-        *(f"grad_{at}" for at in range(len(networks.names))),
-        "grad_x",
-    ]
-    run = open_graph(graph, example, names)
-    return verdict(reference.names, run([cast(each, dtype) for each in given]), expected, LIMITS[dtype].error)
+    graph = trace(TappedNetworks(denoiser, trunk), "tapped", example)
+    return Tapped(
+        graph=graph,
+        example=example,
+        given=[cast(each, dtype) for each in given],
+        expected=expected,
+        modules=reference.names,
+    )
+
+
+def locate(prior: Prior, feature: Feature, dtype: torch.dtype, open_graph: Open) -> str:
+    """One sentence: the first module that deviates from float64 eager when `open_graph`'s engine runs the step built anew."""
+    tapped = tap(prior, feature, dtype)
+    run = open_graph(tapped.graph, tapped.example, tapped.names)
+    return verdict(tapped.modules, run(tapped.given), tapped.expected, LIMITS[dtype].error)
 
 
 def verdict(modules: Sequence[str], got: Sequence[Tensor], expected: Sequence[Tensor], allowed: float) -> str:

@@ -6,7 +6,7 @@ Runs on the caller's CUDA stream: inputs and outputs are torch's own device memo
 the host does not wait. Needs a CUDA device and its driver: what of this ran on a machine without is in docs/runners.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,10 @@ def profile_of(batch: int) -> int:
 class EngineFiles:
     """FOLDER/<graph>.engine as a RunGraph. Files are opened at their graph's first call; one execution context a profile."""
 
-    def __init__(self, folder: Path, runner: str) -> None:
+    def __init__(self, folder: Path, runner: str, stream_of: Callable[[Tensor], Any] | None = None) -> None:
+        """stream_of: the CUDA stream that a tensor's device is working on (default torch's current one)."""
         self._folder, self._runner = folder, runner
+        self._stream_of = stream_of or (lambda tensor: torch.cuda.current_stream(tensor.device))
         self._trt = needed(runner, runner)
         self._log = self._trt.Logger(self._trt.Logger.WARNING)
         self._runtime = self._trt.Runtime(self._log)
@@ -54,7 +56,7 @@ class EngineFiles:
 
     def __call__(self, graph: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Enqueued on torch's current stream. Raises RunnerError where the engine refuses a shape or the call."""
-        device, stream = inputs[0].device, torch.cuda.current_stream(inputs[0].device)
+        device, stream = inputs[0].device, self._stream_of(inputs[0])
         context = self._context(graph, profile_of(len(inputs[0])), stream)
         given = [each.detach().contiguous() for each in inputs]
         for name, tensor in zip(INPUTS[graph], given, strict=True):
@@ -68,9 +70,7 @@ class EngineFiles:
             outputs.append(output)
         if not context.execute_async_v3(stream.cuda_stream):
             raise RunnerError(f"runner {self._runner}: graph {graph} could not be enqueued; the log above says why")
-        # Memory that torch frees while the stream still reads it may be handed out again only after that.
-        for tensor in given:
-            tensor.record_stream(stream)
+        # The caller's own stream: torch hands freed memory out again on it only, hence after this call's work.
         return outputs
 
     def _context(self, graph: str, profile: int, stream: Any) -> Any:
