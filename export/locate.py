@@ -17,7 +17,7 @@ from tiltscope.engine.feature.readout import Readout, read
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime.conditioning import CONDITIONING, conditioning
 from tiltscope.engine.runtime.exported import cast, network_parts, readout_inputs
-from tiltscope.engine.runtime.gate import LEVELS, LIMITS, relative_error
+from tiltscope.engine.runtime.gate import LEVELS, LIMITS, relative_error, smoothed
 from tiltscope.engine.sampler.noise import normal
 from tiltscope.export.graphs import examples
 from tiltscope.export.trace import StepGraph, StepNetworks, trace
@@ -88,7 +88,7 @@ def tap(prior: Prior, feature: Feature, dtype: torch.dtype) -> Tapped:
     num = len(LEVELS)
     x = torch.stack([torch.from_numpy(normal(0, at, 0, 0, shape=prior.shape)) for at in range(num)])
     level = conditioning(denoiser, torch.tensor(LEVELS, dtype=torch.float64), torch.float64)
-    given = [x, *level, *readout_inputs(readout, num)]
+    given = [x, *level, *readout_inputs(smoothed(readout, dtype) or readout, num)]
 
     exact, exact_trunk, _ = network_parts(prior.to(torch.float64), feature.to(torch.float64), "the gate")
     reference = TappedNetworks(exact, exact_trunk)

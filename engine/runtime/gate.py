@@ -5,7 +5,7 @@ model file; a bundle keeps one for the eager runner, so a library that changed i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,18 +22,26 @@ from tiltscope.engine.sampler.noise import normal
 
 class Limits(NamedTuple):
     """What a step in a dtype may be off by: the largest error of an output relative to that output's own largest value over the
-    batch, and the least cosine between its gradient and the float64 reference's, sample by sample."""
+    batch, and the least cosine between its gradient and the float64 reference's, sample by sample.
+
+    smooth: read with the maximum's share of a pooling given to the mean. Where two places of a picture tie, rounding decides
+    which of them the maximum takes, and the gradient is that place's: seen in bfloat16, .4 off at one level, the graph right.
+    """
 
     error: float
     cosine: float
+    smooth: bool
 
 
-# A wrong graph (a lost layer, a swapped axis, another network's weights) is off by 1e-2 and more, its cosine .99 and less.
+# Measured (eager torch, all LEVELS, smooth where it says so) with room for another kernel's summation order. A wrong graph (a lost
+# layer, a swapped axis, another network's weights) is off by 1e-2 and more, its cosine .99 and less.
 LIMITS: dict[torch.dtype, Limits] = {
-    torch.float64: Limits(1e-11, 1 - 1e-12),  # rounding through about 60 layers and back
-    torch.float32: Limits(1e-4, 1 - 1e-6),  # the same: 1e-6 to 1e-5 measured between kernels and batch shapes
-    torch.float16: Limits(2e-2, 1 - 1e-3),  # PROVISIONAL
-    torch.bfloat16: Limits(1e-1, 1 - 1e-2),  # PROVISIONAL
+    torch.float64: Limits(1e-11, 1 - 1e-12, False),  # 1e-12: rounding through about 60 layers and back
+    torch.float32: Limits(1e-4, 1 - 1e-6, False),  # 1e-6 to 1e-5: the same; ten times that
+    torch.float16: Limits(
+        2e-2, 1 - 2e-4, True
+    ),  # 6e-3 and 2e-5: a 2^-11 a value; its range, not its grain, is the danger
+    torch.bfloat16: Limits(1e-1, 1 - 5e-3, True),  # 4e-2 and 1e-3: a 2^-8 a value. Here the cosine tells a wrong graph
 }
 LEVELS = (0.05, 0.4, 0.8, 0.99, 0.99999)
 
@@ -73,6 +81,14 @@ def record_self_test(step64: Step, shape: tuple[int, ...], readout: Readout | No
     x = torch.stack([torch.from_numpy(normal(0, at, 0, 0, shape=shape)) for at in range(len(LEVELS))])
     many = None if readout is None else readout.expand(len(LEVELS)).to(torch.float64)
     return SelfTest(x=x, sigma=sigma, readout=many, expected=step64.guided(x, sigma, _alpha(sigma), many))
+
+
+def smoothed(readout: Readout | None, dtype: torch.dtype) -> Readout | None:
+    """The readout that the gate reads with in dtype (Limits.smooth)."""
+    if readout is None or not LIMITS[dtype].smooth:
+        return readout
+    largest, mean, lse = readout.pooling.unbind(-1)
+    return replace(readout, pooling=torch.stack([torch.zeros_like(largest), mean + largest, lse], dim=-1))
 
 
 def relative_errors(step: Step, test: SelfTest, dtype: torch.dtype) -> dict[str, float]:

@@ -12,7 +12,7 @@ from tiltscope.engine.errors import ParityError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.prior.prior import Prior
-from tiltscope.engine.runtime.gate import LEVELS, LIMITS, least_cosine, relative_error
+from tiltscope.engine.runtime.gate import LEVELS, LIMITS, least_cosine, relative_error, smoothed
 from tiltscope.engine.runtime.step import Step, StepOutput, TorchStep
 from tiltscope.engine.sampler.noise import normal
 
@@ -42,7 +42,11 @@ def measure(
 ) -> list[Parity]:
     """Every level x batch x readout: the feature's own, and one that no trace has seen (its rows turned round, doubled)."""
     reference = TorchStep(prior.to(torch.float64), feature.to(torch.float64))
-    readouts = [None] if feature.readout is None else [feature.readout, _unseen(feature.readout)]
+    readouts = (
+        [None]
+        if feature.readout is None
+        else [smoothed(each, dtype) for each in (feature.readout, _unseen(feature.readout))]
+    )
     found: list[Parity] = []
     for batch in batches:
         x = torch.stack([torch.from_numpy(normal(1, at, 0, 0, shape=prior.shape)) for at in range(batch)])

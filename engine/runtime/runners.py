@@ -119,7 +119,7 @@ def build_step(runner: str, prior: "Prior", feature: "Feature", dtype: "torch.dt
     import torch
 
     from tiltscope.engine.runtime.artefact import artefact_key, obtain
-    from tiltscope.engine.runtime.gate import SelfTest, record_self_test
+    from tiltscope.engine.runtime.gate import SelfTest, record_self_test, smoothed
     from tiltscope.engine.runtime.step import TorchStep
 
     chosen = exporter(runner)
@@ -130,7 +130,7 @@ def build_step(runner: str, prior: "Prior", feature: "Feature", dtype: "torch.dt
 
     def self_test() -> SelfTest:
         reference = TorchStep(prior.to(torch.float64), feature.to(torch.float64))
-        return record_self_test(reference, prior.shape, feature.readout)
+        return record_self_test(reference, prior.shape, smoothed(feature.readout, dtype))
 
     # Cast here, once: the reference above keeps the weights that were loaded, so what a narrow dtype rounds away counts as error.
     cast_prior, cast_feature = prior.to(dtype), feature.to(dtype)
