@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import CalibrationError
 from tiltscope.engine.report.atomic import write_bytes
-from tiltscope.engine.runtime.artefact import cache_folder
+from tiltscope.engine.runtime.cache import cache_folder
 from tiltscope.engine.sample import Run
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.tilt.ascent import Ascent, Draw, ascend

@@ -12,7 +12,7 @@ from tiltscope.engine.calibration import calibrate_on_sampler, calibration_key
 from tiltscope.engine.config import ExplainConfig
 from tiltscope.engine.errors import CalibrationError, ConfigError
 from tiltscope.engine.explain import inquire
-from tiltscope.engine.runtime.artefact import cache_folder
+from tiltscope.engine.runtime.cache import cache_folder
 from tiltscope.engine.tilt.worlds import GaussianWorld
 
 

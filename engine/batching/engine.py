@@ -22,12 +22,12 @@ from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import BusyError, ConfigError, RunnerError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.prior.prior import Prior
-from tiltscope.engine.runtime.step import Step
+from tiltscope.engine.runtime.runners import Gated
 from tiltscope.engine.sample import DTYPES, calibrated, device_and_kernels, prepare
 from tiltscope.engine.samples import Samples
 
 # Settings that the engine gives every request.
-_OWN = ("batch_size", "runner", "dtype", "device", "kernels", "graphs")
+_OWN = ("batch_size", "runner", "allow_parity_failure", "dtype", "device", "kernels", "graphs")
 _ASKED = {each.name for each in fields(SampleConfig)} - set(_OWN)
 
 
@@ -65,6 +65,7 @@ class Engine:
         self._own: dict[str, Any] = {
             "batch_size": max_batch,
             "runner": runner,
+            "allow_parity_failure": False,
             "dtype": dtype,
             "device": device,
             "kernels": kernels,
@@ -76,7 +77,7 @@ class Engine:
         self.tickets: dict[str, Ticket] = {}
         """the unanswered requests by name"""
         self._scheduler = Scheduler()
-        self._steps: dict[object, Step] = {}
+        self._steps: dict[object, Gated] = {}
         self._incoming: deque[Request] = deque()
         self._pending = 0
         self._changed = threading.Condition()
@@ -114,8 +115,9 @@ class Engine:
         self._reserve(config.num, wait_s)
         try:
             with self._preparing:
-                run = calibrated(prepare(self.prior, self._feature(feature), config, step=self._step_of(feature)))
-                self._steps.setdefault(step_key(run.feature), run.programme.step)
+                run = calibrated(prepare(self.prior, self._feature(feature), config, gated=self._step_of(feature)))
+                if run.gated is not None:
+                    self._steps.setdefault(step_key(run.feature), run.gated)
             request = Request(run, name=name or f"request-{next(self._names)}", deadline=deadline)
             self._enter(request)
         except BaseException:
@@ -183,7 +185,7 @@ class Engine:
             raise ConfigError(f"feature: got {feature!r}, but this engine has no bundle; give a Feature")
         return self._bundle.feature(feature)
 
-    def _step_of(self, feature: str | Feature) -> Step | None:
+    def _step_of(self, feature: str | Feature) -> Gated | None:
         return self._steps.get(step_key(self._feature(feature).to(DTYPES[self._own["dtype"]], self._device)))
 
     def _reserve(self, num: int, wait_s: float) -> None:
