@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from tiltscope.engine.batching.request import Request, Sample
 from tiltscope.engine.batching.slots import padded, take
