@@ -445,7 +445,7 @@ def calibrated(run: Run) -> Run:
     if run.config.calibration != "sampler" or target is None or natural is None:
         return run
     started = time.perf_counter()
-    found = calibrate_on_sampler(run, target, float(run.programme.log_tilts[0].phi(natural).mean()))
+    found = calibrate_on_sampler(run, target)
     return replace(found, seconds=run.seconds | {"calibration": time.perf_counter() - started})
 
 
