@@ -18,7 +18,8 @@ from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime import onnx_step
 from tiltscope.engine.runtime.exported import ExportedStep, GraphFiles
 from tiltscope.engine.runtime.step import TorchStep
-from tiltscope.export.onnx import examples, write_onnx
+from tiltscope.export.graphs import examples
+from tiltscope.export.onnx import write_onnx
 from tiltscope.export.trace import StepNetworks, trace
 
 # Of an output's largest value: float32 through a few dozen layers and back; a wrong graph is off by 1e-2 and more.
