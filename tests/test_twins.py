@@ -54,12 +54,20 @@ def test_samples_are_guided_and_shown(twin):
     assert torch.equal(tiltscope.sample(twin.prior, feature, lam=20.0, **asked).x0, pushed.x0)
 
 
-def test_explain_writes_its_page(build_twin, tmp_path):
+def test_explain_answers_and_writes_its_page(build_twin, tmp_path):
     bundle = tiltscope.load(str(build_twin(tmp_path / "twin", "energydps")))
-    result = tiltscope.explain(bundle, sae(bundle, 1), num=2, steps=6, seed=0, calibration="pool", lam=1.0)
+    # A random prior reaches no activation worth the name: lambda is the pool's.
+    asked = {"num": 2, "steps": 4, "calibration": "pool"}
+    result = tiltscope.explain(bundle, sae(bundle, 1), **asked)
+    assert list(result.answers) == ["tilt", "topk", "hard", "actmax"]
+    for name, samples in result.answers.items():
+        assert samples.images.shape[1:] == (3, 64, 64)
+        mean = result.metrics[name]["activation_mean"]
+        assert mean == pytest.approx(float(samples.activation.mean()), abs=1e-5)
+    alone = tiltscope.sample(bundle.prior, sae(bundle, 1), lam=result.lam, **asked)
+    assert torch.equal(alone.x0, result.answers["tilt"].x0)
     result.save(str(tmp_path / "out"))
     assert (tmp_path / "out/index.html").stat().st_size > 10_000
-    assert result.metrics["tilt"]["activation_mean"] == result.metrics["tilt"]["activation_mean"]
 
 
 def test_a_trunk_of_another_kind_than_the_bundle_says(build_twin, tmp_path):

@@ -57,6 +57,11 @@ class ConvNeXtConfig:
             )
         return found
 
+    @property
+    def least_side(self) -> int:
+        """Of the smallest picture that every layer can read."""
+        return 4 * 2 ** (len(self.depths) - 1)
+
 
 class _ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of [batch, channel, height, width]."""

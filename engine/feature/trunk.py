@@ -88,19 +88,16 @@ def num_blocks_before(hook: str, config: ViTConfig) -> int:
 
 
 class Architecture(NamedTuple):
-    """How a model_type is read: its configuration, its trunk, and the side of the smallest picture its last layer can read."""
+    """How a model_type is read: its configuration and its trunk."""
 
-    config: Callable[[Mapping[str, Any]], Any]
+    config: Callable[[Mapping[str, Any]], ViTConfig | ConvNeXtConfig]
     trunk: Callable[..., Trunk]
-    least_side: Callable[[Any], int]
 
 
 # config.json's model_type -> how it is read.
 ARCHITECTURES: dict[str, Architecture] = {
-    "dinov3_vit": Architecture(ViTConfig.from_json, TruncatedViT, lambda config: config.patch_size),
-    "dinov3_convnext": Architecture(
-        ConvNeXtConfig.from_json, TruncatedConvNeXt, lambda config: 4 * 2 ** (len(config.depths) - 1)
-    ),
+    "dinov3_vit": Architecture(ViTConfig.from_json, TruncatedViT),
+    "dinov3_convnext": Architecture(ConvNeXtConfig.from_json, TruncatedConvNeXt),
 }
 # Of the file and of no forward pass: what training masks patches with.
 _UNUSED = {"embeddings.mask_token"}
@@ -112,13 +109,13 @@ def load_trunk(folder: Path, hook: str, *, image_size: tuple[int, int] | None = 
     folder holds config.json, preprocessor_config.json (image_mean, image_std) and model.safetensors (any floating dtype).
     image_size: the pictures' (h, w); default the config's. Raises BundleError (files), ConfigError (hook).
     """
-    config = read_json(folder / CONFIG)
-    kind = config.get("model_type")
+    described = read_json(folder / CONFIG)
+    kind = described.get("model_type")
     if kind not in ARCHITECTURES:
         raise BundleError(f"trunk/config.json: model_type {kind!r} is not known; allowed: {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[kind]
-    config = architecture.config(config)
-    side = architecture.least_side(config)
+    config = architecture.config(described)
+    side = config.least_side
     mean, std = _normalisation(read_json(folder / PREPROCESSOR), folder)
     with torch.device("meta"):  # no random initialisation: nothing to throw away, and no draw from the global generator
         trunk = architecture.trunk(config, hook, mean=mean, std=std, image_size=image_size)

@@ -62,6 +62,11 @@ class ViTConfig:
         return found
 
     @property
+    def least_side(self) -> int:
+        """Of the smallest picture that every layer can read."""
+        return self.patch_size
+
+    @property
     def num_prefix_tokens(self) -> int:
         return 1 + self.num_register_tokens
 

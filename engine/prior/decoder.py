@@ -62,7 +62,9 @@ class Decoder(nn.Module):
 
     def in_dtype(self, dtype: torch.dtype, device: torch.device) -> "Decoder":
         """A copy in dtype on device; self is not changed."""
-        return nn.Module.to(copy.deepcopy(self), device=device, dtype=dtype)
+        other = copy.deepcopy(self)
+        other.to(device=device, dtype=dtype)
+        return other
 
 
 def load_decoder(folder: Path, *, shape: tuple[int, ...]) -> Decoder:

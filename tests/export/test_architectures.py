@@ -18,7 +18,8 @@ from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime import onnx_step
 from tiltscope.engine.runtime.exported import ExportedStep, GraphFiles
 from tiltscope.engine.runtime.step import TorchStep
-from tiltscope.export.onnx import examples, write_onnx
+from tiltscope.export.graphs import examples
+from tiltscope.export.onnx import write_onnx
 from tiltscope.export.trace import StepNetworks, trace
 
 # Of an output's largest value: float32 through a few dozen layers and back; a wrong graph is off by 1e-2 and more.
@@ -50,7 +51,7 @@ def flow(folder):
     return "diffusers_dit", LATENT
 
 
-# name -> (prior, trunk, hook, window of the autoencoder, decoder); the first two are the published set-up and a latent one.
+# name -> (prior, trunk, hook, window of the autoencoder, decoder); the first is the published set-up in small.
 CASES = {
     "ADM, ConvNeXt, convolutional SAE": (adm, write_convnext, "stages.2.1", (7, 7), None),
     "DiT, KL decoder, ViT": (dit, write_vit, "blocks.2", (), write_kl),
@@ -65,7 +66,7 @@ CASES = {
     "ADM, ConvNeXt at norm": (adm, write_convnext, "norm", (), None),
 }
 # In the default tier: traced, and run by torch. The rest of the way, through the file and another engine, takes a minute a graph.
-FAST = ("ADM, ConvNeXt, convolutional SAE", "DiT, KL decoder, ViT")
+FAST = "SiT, tiny decoder, ConvNeXt"
 
 
 def numbers(*shape, seed=0):
@@ -104,7 +105,7 @@ def build(case, folder):
     ]
 
 
-@pytest.fixture(scope="module", params=FAST)
+@pytest.fixture(scope="module", params=[FAST, *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c != FAST)])
 def traced(request, tmp_path_factory):
     """(prior, features, the guided graph as a step), traced with the first feature at a batch of two."""
     prior, features = build(request.param, tmp_path_factory.mktemp("architecture"))
