@@ -143,12 +143,12 @@ def gated(at: Place) -> bool:
     return bool(passed) and passed[-1] == revision()
 
 
-def alternate(at: Place, works: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+def alternate(at: Place, works: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
     """p20, p50, p80 of each in milliseconds, in turn, so that a drifting clock moves all of them; warm-ups apart."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(at.warm_ups + at.repeats):
         for name, work in works.items():
-            spent = at.graphs.milliseconds(lambda work=work: work() and None)
+            spent = at.graphs.milliseconds(work)
             if turn >= at.warm_ups:
                 taken[name].append(spent)
     shares = (0.2, 0.5, 0.8)

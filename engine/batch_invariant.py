@@ -30,6 +30,11 @@ def gelu(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
     return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
 
 
+def gelu_tanh(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
+    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the approximate form of arXiv:1606.08415, sec. 2."""
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
 def linear(
     x: Float[Tensor, "batch *dims inputs"],
     weight: Float[Tensor, "outputs inputs"],

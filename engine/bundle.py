@@ -20,15 +20,19 @@ from torch import Tensor
 
 from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.feature.address import FeatureAddress, parse
+from tiltscope.engine.feature.decoded import DecodedTrunk
 from tiltscope.engine.feature.direction import load_direction
 from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.feature.poolings import pooling_tensors
 from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.feature.sae import SparseAutoencoder, load_sae
+from tiltscope.engine.feature.trunk import ARCHITECTURES, load_trunk
 from tiltscope.engine.feature.trunk import FILES as TRUNK_FILES
-from tiltscope.engine.feature.trunk import TruncatedViT, load_trunk
 from tiltscope.engine.files import VerifiedFolder, read_json
 from tiltscope.engine.pool import Pool
+from tiltscope.engine.prior.decoder import FILES as DECODER_FILES
+from tiltscope.engine.prior.decoder import Decoder, load_decoder
 from tiltscope.engine.prior.load import FILES as PRIOR_FILES
 from tiltscope.engine.prior.load import load_denoiser
 from tiltscope.engine.prior.prior import Prior
@@ -38,8 +42,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 DESCRIPTION = "bundle.json"
-TRUNK_KINDS = ("dinov3_vit",)
-SAE_KINDS = ("jumprelu",)
 EVALUATOR_FILES = ("model.safetensors",)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -84,7 +86,8 @@ class Bundle:
         self.identity = "sha256:" + hashlib.sha256((path / DESCRIPTION).read_bytes()).hexdigest()
         self.name: str = self._get(self.meta, "name", str)
         self.files = VerifiedFolder(path, self._get(self.meta, "files", dict))
-        self._trunks: dict[str, TruncatedViT] = {}
+        self._trunks: dict[str, Trunk] = {}
+        self._rescaled: dict[str, Trunk] = {}
         self._features: dict[str, Feature] = {}
 
     def __repr__(self) -> str:
@@ -133,11 +136,31 @@ class Bundle:
             kind=self._get(section, "kind", str),
             shape=self.shape,
             pixel_unshuffle=self._get(section, "pixel_unshuffle", int),
+            stated=section,
         )
         weights = self.files.digest(path, PRIOR_FILES[1])
+        identity = f"sha256:{weights}"
+        if self.decoder is not None:
+            # Two bundles with one denoiser and different decoders draw different pictures.
+            decoder = self.files.digest(self._get(section["decoder"], "path", str), DECODER_FILES[1])
+            identity = "sha256:" + hashlib.sha256(f"{weights} {decoder}".encode()).hexdigest()
         return Prior.from_network(
-            denoiser, shape=self.shape, name=self.name, identity=f"sha256:{weights}", pool=self.pool
+            denoiser, shape=self.shape, name=self.name, identity=identity, pool=self.pool, decoder=self.decoder
         )
+
+    @cached_property
+    def decoder(self) -> Decoder | None:
+        """What makes pictures of the prior's latents; None where its samples are pictures."""
+        section = self._get(self.meta, "prior", dict)
+        if "decoder" not in section:
+            return None
+        path = self._get(self._get(section, "decoder", dict), "path", str)
+        return load_decoder(self.files.subfolder(path, DECODER_FILES), shape=self.shape)
+
+    @property
+    def picture_shape(self) -> tuple[int, ...]:
+        """[3, height, width] of a picture of the prior and of the pool."""
+        return self.shape if self.decoder is None else self.decoder.picture_shape
 
     @cached_property
     def pool(self) -> Pool:
@@ -147,7 +170,7 @@ class Bundle:
             self.files,
             self._get(section, "path", str),
             num=self._get(section, "num", int),
-            shape=self.shape,
+            shape=self.picture_shape,
             hooks=self.sae_hooks,
         )
 
@@ -156,18 +179,43 @@ class Bundle:
         """The hooks that have a sparse autoencoder."""
         return tuple(self._get(section, "hook", str) for section in self._get(self.meta, "saes", list))
 
-    def trunk(self, hook: str) -> TruncatedViT:
+    def trunk(self, hook: str) -> Trunk:
         """The trunk up to `hook`, float32; the same object each time. Raises ConfigError for a hook it does not have."""
         if hook not in self._trunks:
             section = self._get(self.meta, "trunk", dict)
             kind = self._get(section, "kind", str)
-            if kind not in TRUNK_KINDS:
+            if kind not in ARCHITECTURES:
                 raise BundleError(
-                    f"{self.path / DESCRIPTION}: trunk kind {kind!r} is not known; allowed: {', '.join(TRUNK_KINDS)}"
+                    f"{self.path / DESCRIPTION}: trunk kind {kind!r} is not known; allowed: {', '.join(ARCHITECTURES)}"
                 )
             folder = self.files.subfolder(self._get(section, "path", str), TRUNK_FILES)
-            self._trunks[hook] = load_trunk(folder, hook, image_size=(self.shape[1], self.shape[2]))
+            if (found := read_json(folder / TRUNK_FILES[0]).get("model_type")) != kind:
+                raise BundleError(
+                    f"{self.path / DESCRIPTION}: trunk kind is {kind!r}, but model_type of {folder / TRUNK_FILES[0]} is {found!r}"
+                )
+            size = self._image_size(section)
+            trunk = load_trunk(folder, hook, image_size=size)
+            if self.decoder is not None or self.shape[1:] != size:
+                trunk = DecodedTrunk(trunk, shape=self.shape, decoder=self.decoder)
+            self._trunks[hook] = trunk
         return self._trunks[hook]
+
+    def _image_size(self, section: Mapping[str, Any]) -> tuple[int, int]:
+        """[height, width] that the trunk reads: its own image_size in bundle.json, else the pictures'."""
+        size = section.get("image_size", list(self.picture_shape[1:]))
+        if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+            raise BundleError(
+                f"{self.path / DESCRIPTION}: trunk.image_size must be two positive whole numbers, got {size!r}"
+            )
+        return size[0], size[1]
+
+    def _sae_trunk(self, hook: str) -> Trunk:
+        """What the autoencoder at `hook` reads: the trunk, or the one with rescaled tokens."""
+        if not self.sae(hook).rescales:
+            return self.trunk(hook)
+        if hook not in self._rescaled:
+            self._rescaled[hook] = self.trunk(hook).rescaled()
+        return self._rescaled[hook]
 
     @cached_property
     def _saes(self) -> dict[str, SparseAutoencoder]:
@@ -181,16 +229,12 @@ class Bundle:
             )
         if hook not in self._saes:
             section = self.meta["saes"][self.sae_hooks.index(hook)]
-            kind = self._get(section, "kind", str)
-            if kind not in SAE_KINDS:
-                raise BundleError(
-                    f"{self.path / DESCRIPTION}: sae kind {kind!r} is not known; allowed: {', '.join(SAE_KINDS)}"
-                )
-            sae = load_sae(self.files.file(self._get(section, "path", str), "sae.safetensors"))
-            if sae.weight.shape[1] != self.trunk(hook).width:
-                raise BundleError(
-                    f"the autoencoder of {hook} reads {sae.weight.shape[1]} channels, the trunk has {self.trunk(hook).width}"
-                )
+            sae = load_sae(
+                self.files.file(self._get(section, "path", str), "sae.safetensors"),
+                kind=self._get(section, "kind", str),
+                token_length=section.get("token_length", "as_is"),
+            )
+            sae.check_trunk(self.trunk(hook))
             self._saes[hook] = sae
         return self._saes[hook]
 
@@ -217,6 +261,7 @@ class Bundle:
         elif address.kind == "sae":
             sae = self.sae(address.hook)
             sae.check_index(address.index, address.hook)
+            trunk = self._sae_trunk(address.hook)
             readout = sae.readout(slice(address.index, address.index + 1), trunk, pooling=address.pooling)
         else:
             if address.index >= trunk.width:
@@ -224,6 +269,9 @@ class Bundle:
             unit = torch.zeros(trunk.width)
             unit[address.index] = 1.0
             readout = _linear_readout(unit, trunk, address.pooling)
+        if trunk.hook in self.sae_hooks and self.sae(trunk.hook).window:
+            # One form of readout a hook: then its features add, and one graph serves them all.
+            readout = readout.as_window(self.sae(trunk.hook).window, trunk.grid)
         return Feature.from_readout(
             trunk, readout, name=str(address), identity=identity, terms=[(1.0, address)], pool=self.pool
         )
@@ -274,12 +322,12 @@ class Bundle:
 
     def latents(self, x0: Float[Tensor, "batch 3 height width"], hook: str) -> Float[Tensor, "batch latents"]:
         """Pooled (centre) activations of ALL latents of the hook's autoencoder, float32, by the code that sampling runs."""
-        trunk = self.trunk(hook)
+        trunk = self._sae_trunk(hook)
         with torch.no_grad():
             return self.sae(hook).latents(trunk(x0), trunk)
 
 
-def _linear_readout(direction: Float[Tensor, "width"], trunk: TruncatedViT, pooling: str | None) -> Readout:
+def _linear_readout(direction: Float[Tensor, "width"], trunk: Trunk, pooling: str | None) -> Readout:
     """One row without bias or threshold: drive and activation are the same."""
     mixture, mask = pooling_tensors(pooling, grid=trunk.grid, num_prefix_tokens=trunk.num_prefix_tokens)
     return Readout(

@@ -6,6 +6,8 @@
     ├── CalibrationError  no tilt reaches the wanted activation
     ├── NonFiniteError    every sample became non-finite
     ├── RunnerError       the runner asked for cannot run here
+    ├── BusyError         the batcher has no room for another request now
+    ├── DeadlineError     a request's time was over before its samples were drawn (also a TimeoutError)
     ├── ExportError       a graph cannot be exported
     └── ParityError       an exported graph differs from its reference
 
@@ -19,8 +21,10 @@ from tiltscope.kernels.errors import ConfigError, RunnerError, TiltscopeError
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "CalibrationError",
     "ConfigError",
+    "DeadlineError",
     "ExportError",
     "NonFiniteError",
     "ParityError",
@@ -39,6 +43,14 @@ class CalibrationError(TiltscopeError):
 
 class NonFiniteError(TiltscopeError):
     """No sample stayed finite."""
+
+
+class BusyError(TiltscopeError):
+    """The batcher has no room for another request now."""
+
+
+class DeadlineError(TiltscopeError, TimeoutError):
+    """A request's time was over before its samples were drawn."""
 
 
 class ExportError(TiltscopeError):

@@ -37,6 +37,15 @@ def read_tensors(
         raise BundleError(f"{path} cannot be read: {error}") from error
 
 
+def tensor_names(path: Path) -> list[str]:
+    """The names in a safetensors file, sorted; nothing else of it is read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sorted(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+
+
 class VerifiedFolder:
     """A folder whose description holds size and sha256 of every file; each file is checked when it is first asked for.
 

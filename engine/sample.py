@@ -24,6 +24,7 @@ from tiltscope.engine.prior.prior import CPU, Prior, check_denoise
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.runtime.graphs import CudaGraphs
 from tiltscope.engine.runtime.runners import step_for
+from tiltscope.engine.runtime.step import Step
 from tiltscope.engine.sampler.lifts import LIFTS, Lift
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.sampler.particles import proposal_plan, settle
@@ -133,9 +134,10 @@ class Run:
             if on_step(told) == "stop":
                 finished = row + 1 == self.plan.num_rows
                 break
-        return self._collect(state if replaying is None else replaying.state, num, finished=finished)
+        return self.collect(state if replaying is None else replaying.state, num, finished=finished)
 
-    def _collect(self, state: SlotState, num: int, *, finished: bool) -> Samples:
+    def collect(self, state: SlotState, num: int, *, finished: bool) -> Samples:
+        """The first `num` samples of slots that have done their rows, measured; the rest of the slots is padding."""
         # The first and only time the host asks the device: the rows are done.
         activation, drive = (each.cpu() for each in self._measure(state))
         state = state.to(CPU)
@@ -146,10 +148,11 @@ class Run:
         rows, lam = state.row[slot], state.lam[slot]
         nfe, n_vjp = self._cost(rows, lam)
         x0 = state.x[slot].to(torch.float32)
+        images = self.prior.to_images(x0.to(self.programme.device))
         samples = Samples(
             feature=self.feature.name,
             x0=x0,
-            images=self.prior.to_images(x0),
+            images=None if images is None else images.cpu(),
             activation=activation[slot].to(torch.float32),
             drive=drive[slot].to(torch.float32),
             lam=lam.to(torch.float32),
@@ -339,8 +342,11 @@ def sample(
     return replace(samples, manifest=complete(facts))
 
 
-def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
-    """Check the request against prior and feature, fill the plan, find lambda. Raises as sample() does."""
+def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, step: Step | None = None) -> Run:
+    """Check the request against prior and feature, fill the plan, find lambda. Raises as sample() does.
+
+    step: what runs this prior and feature, from who has it already; neither network is tried then.
+    """
     config = config.resolved()
     if config.lam is None and config.target_activation is None:
         raise ConfigError(
@@ -349,8 +355,10 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
     dtype = DTYPES[config.dtype]
     device, kernels = _placed(config)
     prior, feature = prior.to(dtype, device), feature.to(dtype, device)
-    check_denoise(prior, dtype, guided=config.lam != 0)
-    check_activation(feature, prior.shape, dtype)
+    if step is None:
+        check_denoise(prior, dtype, guided=config.lam != 0)
+        check_activation(feature, prior.shape, dtype)
+        step = step_for(config.runner, prior, feature, dtype)
     plan = make_plan(
         config.solver,
         steps=config.steps or 0,
@@ -373,7 +381,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig) -> Run:
     programme = Programme(
         plans=(plan,),
         log_tilts=(log_tilt,),
-        step=step_for(config.runner, prior, feature, dtype),
+        step=step,
         lift=lift,
         shape=prior.shape,
         dtype=dtype,
@@ -415,7 +423,7 @@ def _starting_picture(prior: Prior, path: str) -> Float[Tensor, "channel height 
     """The picture in `path` as x0, cut to the prior's shape around its middle and resized. Raises ConfigError."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if not prior.pictures:
+    if not prior.pictures or prior.decoder is not None:
         raise ConfigError(f"start: this prior's samples are {list(prior.shape)}, no pictures; leave start out")
     try:
         with Image.open(path) as opened:

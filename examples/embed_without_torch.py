@@ -63,9 +63,8 @@ def run(folder: Path) -> tuple[np.ndarray, float]:
     for row in range(plan.num_rows):
         a, b, c, d, e, p, q, f, r = (np.float32(each) for each in plan.table[row, 2:])
         level = schedule.conditioning(plan.table[row : row + 1, 0])
-        inputs = {"x": x} | dict(
-            zip(("from_x", "from_output", "time_embedding"), (each.astype(np.float32) for each in level), strict=True)
-        )
+        names = ("from_x", "from_output", "time_embedding", "input_scale")
+        inputs = {"x": x} | dict(zip(names, (each.astype(np.float32) for each in level), strict=True))
         push = np.float32(0)
         if plan.kind[row] == GraphKind.GUIDED:
             x0_hat, _, _, grad = graph["guided"].run(None, inputs | readout)

@@ -122,6 +122,8 @@ class OnnxExporter:
             channels=embedding.time_proj.num_channels,
             flip_sin_to_cos=embedding.time_proj.flip_sin_to_cos,
             downscale_freq_shift=embedding.time_proj.downscale_freq_shift,
+            time_scale=denoiser.facts.time_scale,
+            sigma_data=denoiser.facts.sigma_data,
         ).write(folder)
         networks = StepNetworks(denoiser, trunk)
         for name, example in examples(prior, feature).items():

@@ -6,11 +6,11 @@
     gradient   x0, readout                          -> activation, drive, d drive / d x0
     pullback   x, conditioning, v                   -> (dD/dx)' v
 
-conditioning = from_x, from_output [batch], time_embedding [batch, channels]: what the noise level decides, float64 on the host
-(engine/runtime/conditioning.py) and cast at the edge, so no graph needs float64. readout: six tensors, an input, so that one
-graph serves every feature of a hook. Order of inputs and outputs: engine/runtime/exported.py. The batch is symbolic; weights
-are lifted to buffers. Refused: a backward operator left in the graph, a constant taken from the example. Knows torch; knows no
-file format.
+conditioning = from_x, from_output, input_scale [batch], time_embedding [batch, channels]: what the noise level decides, float64
+on the host (engine/runtime/conditioning.py) and cast at the edge, so no graph needs float64. readout: six tensors, an input, so
+that one graph serves every feature of a hook. Order of inputs and outputs: engine/runtime/exported.py. The batch is symbolic;
+weights are lifted to buffers. Refused: a backward operator left in the graph, a constant taken from the example. Knows torch;
+knows no file format.
 """
 
 import copy
@@ -28,8 +28,8 @@ from torch.fx.graph_module import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiltscope.engine.errors import ExportError
+from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.feature.readout import Readout, read
-from tiltscope.engine.feature.trunk import TruncatedViT
 from tiltscope.engine.prior.network import NetworkDenoiser
 from tiltscope.engine.runtime.conditioning import CONDITIONING
 from tiltscope.export.decompositions import plain_upsampling, table
@@ -51,7 +51,7 @@ class _Given(nn.Module):
 class StepNetworks(nn.Module):
     """The two networks of a step, and its graphs as methods of their names. Parameters take no gradient."""
 
-    def __init__(self, denoiser: NetworkDenoiser, trunk: TruncatedViT) -> None:
+    def __init__(self, denoiser: NetworkDenoiser, trunk: Trunk) -> None:
         super().__init__()
         self.network: Any = copy.deepcopy(denoiser.network)
         if not hasattr(self.network, "time_proj"):
@@ -64,11 +64,16 @@ class StepNetworks(nn.Module):
         self.trunk = copy.deepcopy(trunk)
         self.eval().requires_grad_(False)
 
-    def denoise(self, x: Tensor, from_x: Tensor, from_output: Tensor, time_embedding: Tensor) -> Tensor:
+    def denoise(
+        self, x: Tensor, from_x: Tensor, from_output: Tensor, time_embedding: Tensor, input_scale: Tensor
+    ) -> Tensor:
         self.given.value = time_embedding
-        folded = F.pixel_unshuffle(x, self.fold) if self.fold > 1 else x
+        scaled = input_scale[:, None, None, None] * x
+        folded = F.pixel_unshuffle(scaled, self.fold) if self.fold > 1 else scaled
         output = self.network(folded, from_x, return_dict=False)[0]
         output = F.pixel_shuffle(output, self.fold) if self.fold > 1 else output
+        # Beside the prediction a network may tell its variance, which no step graph reads.
+        output = output[:, : x.shape[1]]
         return from_x[:, None, None, None] * x + from_output[:, None, None, None] * output
 
     def unguided(self, x: Tensor, *conditioning: Tensor) -> tuple[Tensor]:

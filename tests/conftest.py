@@ -60,6 +60,10 @@ def _load(name: str, path: Path) -> ModuleType:
 sys.path.append(str(ROOT / "tools"))
 
 
+# Tiny networks in the real formats, imported by bare name where they are compared with the libraries that own them.
+_load("tiny_models", ROOT / "tests" / "tiny_models.py")
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's root."""

@@ -150,7 +150,7 @@ def test_a_link_cannot_leave_the_folder(copy, tmp_path):
         (lambda m: m["prior"].update(shape=[3, 64]), lambda b: b.prior, "shape"),
         (lambda m: m["prior"].update(pixel_unshuffle=2), lambda b: b.prior, "in_channels must be 12"),
         (lambda m: m["trunk"].update(kind="vit"), lambda b: b.feature(FEATURE), "dinov3_vit"),
-        (lambda m: m["saes"][0].update(kind="topk"), lambda b: b.feature(FEATURE), "jumprelu"),
+        (lambda m: m["saes"][0].update(kind="gated"), lambda b: b.feature(FEATURE), "jumprelu"),
         (lambda m: m.pop("evaluator"), lambda b: b.evaluator(), "evaluator must be"),
         (lambda m: m["pool"].update(num=41), lambda b: b.pool.names, "40 rows, not 41"),
     ],

@@ -11,6 +11,7 @@ import tiltscope
 NAMES = (
     "Bundle",
     "Calibration",
+    "Engine",
     "Explanation",
     "Feature",
     "Prior",
@@ -106,6 +107,8 @@ def test_the_error_tree_is_frozen() -> None:
         "NonFiniteError": errors.TiltscopeError,
         "CalibrationError": errors.TiltscopeError,
         "RunnerError": errors.TiltscopeError,
+        "BusyError": errors.TiltscopeError,
+        "DeadlineError": errors.TiltscopeError,
         "ExportError": errors.TiltscopeError,
         "ParityError": errors.TiltscopeError,
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tiltscope.engine import errors
+    from tiltscope.engine.batching.engine import Engine
     from tiltscope.engine.bundle import Bundle, load
     from tiltscope.engine.explain import Explanation, explain
     from tiltscope.engine.feature.feature import Feature
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Bundle": "bundle",
     "Calibration": "tilt.calibrate",
+    "Engine": "batching.engine",
     "Explanation": "explain",
     "Feature": "feature.feature",
     "Prior": "prior.prior",
@@ -35,6 +37,7 @@ _HOME = {
 __all__ = [
     "Bundle",
     "Calibration",
+    "Engine",
     "Explanation",
     "Feature",
     "Prior",

@@ -2,8 +2,10 @@
 
 from tiltscope.engine.errors import (
     BundleError,
+    BusyError,
     CalibrationError,
     ConfigError,
+    DeadlineError,
     ExportError,
     NonFiniteError,
     ParityError,
@@ -13,8 +15,10 @@ from tiltscope.engine.errors import (
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "CalibrationError",
     "ConfigError",
+    "DeadlineError",
     "ExportError",
     "NonFiniteError",
     "ParityError",

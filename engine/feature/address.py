@@ -12,10 +12,12 @@ KINDS = ("sae", "neuron", "direction", "cls")
 POOLINGS = ("centre", "max", "mean", "lse")
 DEFAULT_POOLING = "centre"
 FORM = "HOOK:KIND:INDEX[@POOLING], for example blocks.5:sae:1169"
-ALLOWED_HOOKS = "blocks.N (the residual stream before block N) or norm (the output)"
+ALLOWED_HOOKS = (
+    "blocks.N (the residual stream before block N), stages.S.B (before block B of stage S) or norm (the output)"
+)
 ALLOWED_POOLINGS = f"{', '.join(POOLINGS)}, or a position y,x"
 
-_HOOK = re.compile(r"norm|blocks\.([0-9]{1,4})", re.ASCII)
+_HOOK = re.compile(r"norm|blocks\.[0-9]{1,4}|stages\.[0-9]{1,4}\.[0-9]{1,4}", re.ASCII)
 _INDEX = re.compile(r"[0-9]{1,9}", re.ASCII)
 _POSITION = re.compile(r"([0-9]{1,4}),([0-9]{1,4})", re.ASCII)
 
@@ -24,7 +26,7 @@ _POSITION = re.compile(r"([0-9]{1,4}),([0-9]{1,4})", re.ASCII)
 class FeatureAddress:
     """Which number of which hooked layer, and how it is pooled over the picture.
 
-    hook     `blocks.N` or `norm`
+    hook     `blocks.N`, `stages.S.B` or `norm`
     kind     `sae` (a latent), `neuron` (a channel), `direction` (a vector in a file), `cls` (a channel of the class token)
     index    the latent or channel, >= 0; for `direction` the path of a .safetensors or .npy file
     pooling  `centre`, `max`, `mean`, `lse` or `y,x`; None for `cls`, which is one token
@@ -36,11 +38,6 @@ class FeatureAddress:
     kind: str
     index: int | str
     pooling: str | None = DEFAULT_POOLING
-
-    @property
-    def block(self) -> int | None:
-        """N of `blocks.N`; None for `norm`."""
-        return None if self.hook == "norm" else int(self.hook.removeprefix("blocks."))
 
     @property
     def position(self) -> tuple[int, int] | None:
@@ -81,7 +78,8 @@ def _parse_hook(hook: str, text: str) -> str:
     found = _HOOK.fullmatch(hook)
     if not found:
         raise ConfigError(f"feature {text!r}: hook {hook!r} is not known; allowed: {ALLOWED_HOOKS}")
-    return "norm" if found[1] is None else f"blocks.{int(found[1])}"
+    name, *numbers = hook.split(".")
+    return ".".join([name, *(str(int(number)) for number in numbers)])
 
 
 def _parse_index(index: str, kind: str, text: str) -> int | str:

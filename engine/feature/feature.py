@@ -3,19 +3,21 @@
 Knows trunks and readouts as tensors; must not know bundles, files or sampling.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.address import FeatureAddress
+from tiltscope.engine.feature.hooked import CPU, Trunk
 from tiltscope.engine.feature.readout import Readout, read, token_map
-from tiltscope.engine.feature.trunk import CPU, TruncatedViT
 from tiltscope.engine.trial import check_name, trial_values
 
 Activation = Callable[[Tensor], Tensor]
@@ -51,14 +53,14 @@ class Feature:
         self.address: FeatureAddress | None = None
         self.terms: tuple[tuple[float, FeatureAddress], ...] = ()
         self.readout: Readout | None = None
-        self.trunk: TruncatedViT | None = None
+        self.trunk: Trunk | None = None
         self.pool: Any = None
         self._siblings: dict[tuple[torch.dtype, torch.device], Feature] = {}
 
     @classmethod
     def from_readout(
         cls,
-        trunk: TruncatedViT,
+        trunk: Trunk,
         readout: Readout,
         *,
         name: str,
@@ -124,12 +126,42 @@ class Feature:
             self._siblings[wanted] = self._sibling(self.trunk.in_dtype(*wanted), self.readout.to(wide, device))
         return self._siblings[wanted]
 
-    def _sibling(self, trunk: TruncatedViT, readout: Readout) -> "Feature":
+    def _sibling(self, trunk: Trunk, readout: Readout) -> "Feature":
         sibling = Feature.from_readout(
             trunk, readout, name=self.name, identity=self.identity, terms=self.terms, pool=self.pool
         )
         sibling._siblings = self._siblings
         return sibling
+
+    def masked(self, mask: Bool[Tensor, "rows columns"]) -> "Feature":
+        """The same latents pooled over the places of `mask` alone, on the hook's grid: where, beside what.
+
+        Pooling stays the feature's (the published mix, max, mean, lse), over these places. Its natural activations are not the
+        stored ones: a pool computes them. Raises ConfigError for a mask of another shape or without a place, and for a feature
+        that has none (custom, or of the class token).
+        """
+        if self.trunk is None or self.readout is None or any(address.kind == "cls" for _, address in self.terms):
+            raise ConfigError(
+                f"feature {self.name} has no places to be masked; give a feature pooled over a hook's grid"
+            )
+        grid = self.trunk.grid
+        if mask.dtype != torch.bool or tuple(mask.shape) != grid or not bool(mask.any()):
+            raise ConfigError(
+                f"mask: got {mask.dtype} {list(mask.shape)} with {int(mask.sum())} places; allowed is bool {list(grid)} with at "
+                "least one"
+            )
+        places = mask.cpu().flatten()
+        if self.readout.mask.dim() == 3:  # tokens in a row, behind those that have no place
+            places = torch.cat([torch.zeros(self.trunk.num_prefix_tokens, dtype=torch.bool), places])
+        whole = places.view(self.readout.mask.shape[2:]).to(self.readout.mask.device)
+        digest = hashlib.sha256(mask.cpu().numpy().tobytes()).hexdigest()[:16]
+        return Feature.from_readout(
+            self.trunk,
+            replace(self.readout, mask=whole.expand(self.readout.mask.shape)),
+            name=f"{self.name} in a mask of {int(mask.sum())} places",
+            identity=f"({self.identity})@mask:{grid[0]}x{grid[1]}:{digest}",
+            pool=self.pool,
+        )
 
     def __mul__(self, factor: object) -> "Feature":
         if isinstance(factor, bool) or not isinstance(factor, Real):
@@ -185,7 +217,7 @@ def check_activation(feature: Feature, shape: Sequence[int], dtype: torch.dtype)
     cannot be differentiated, gives NaN for every sample, or (a trunk's) reads pictures of another shape.
     """
     if feature.trunk is not None:
-        expected = (3, *feature.trunk.image_size)
+        expected = feature.trunk.input_shape
         if tuple(shape) != expected:
             raise ConfigError(
                 f"feature {feature.name} reads samples of shape {expected}, the prior's are {tuple(shape)}"

@@ -26,6 +26,8 @@ def pooling_tensors(
     mixture = MEAN_ONLY
     position = FeatureAddress("norm", "neuron", 0, pooling).position
     if pooling is None:
+        if not num_prefix_tokens:
+            raise ConfigError("this hook has no class token; allowed kinds: sae, neuron, direction")
         prefix[0] = True
     elif position is not None:
         y, x = position

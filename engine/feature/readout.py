@@ -7,14 +7,19 @@
     pool_k(v)  = m_k0 max(v) + m_k1 mean(v) + m_k2 lse(v)            over the tokens of mask_k
     lse(v)     = T log mean exp(v / T), T = 0.2                      between mean and max, and 0 for a silent feature
 
+A convolutional readout's directions are windows [d, h, w] over the patch grid, and tokens beyond its edge are zero:
+
+    pre_kn = sum_yx direction_kyx . token_(n + yx - centre) + bias_k
+
 This module knows tensors; it must not know hooks, files or how a feature is written.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -37,17 +42,24 @@ class Readout:
     direction [b, K, d]   bias [b, K]   threshold [b, K] (-inf: none)   weight [b, K] (0: a padding row)
     pooling [b, K, 3]     mixture of (max, mean, lse)
     mask [b, K, tokens]   which tokens are pooled; at least one a row
+
+    Convolutional: direction [b, K, d, h, w], h and w odd, and mask [b, K, gh, gw], which says how the tokens lie.
     """
 
-    direction: Float[Tensor, "batch rows width"]
+    direction: Float[Tensor, "batch rows width *window"]
     bias: Float[Tensor, "batch rows"]
     threshold: Float[Tensor, "batch rows"]
     weight: Float[Tensor, "batch rows"]
     pooling: Float[Tensor, "batch rows 3"]
-    mask: Bool[Tensor, "batch rows tokens"]
+    mask: Bool[Tensor, "batch rows *tokens"]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Readout":
         return Readout(*(change(getattr(self, f.name)) for f in fields(self)))
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """(h, w) of a convolutional readout's directions, else ()."""
+        return tuple(self.direction.shape[3:])
 
     @property
     def batch(self) -> Size:
@@ -71,7 +83,7 @@ class Readout:
 
     def scale(self, factor: float) -> "Readout":
         """factor * feature."""
-        return Readout(self.direction, self.bias, self.threshold, self.weight * factor, self.pooling, self.mask)
+        return replace(self, weight=self.weight * factor)
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Readout":
         """Every floating tensor in dtype, all of them on device (None: where they are)."""
@@ -82,16 +94,34 @@ class Readout:
         extra = num_rows - self.num_rows
         if extra == 0:
             return self
-        b, _, d = self.direction.shape
+        b = self.direction.shape[0]
         blank = Readout(
-            self.direction.new_zeros(b, extra, d),
+            self.direction.new_zeros(b, extra, *self.direction.shape[2:]),
             self.bias.new_zeros(b, extra),
             self.threshold.new_full((b, extra), -math.inf),
             self.weight.new_zeros(b, extra),
             self.pooling.new_zeros(b, extra, 3),
-            self.mask.new_ones(b, extra, self.mask.shape[2]),
+            self.mask.new_ones(b, extra, *self.mask.shape[2:]),
         )
         return Readout.concat([self, blank])
+
+    def as_window(self, window: tuple[int, ...], grid: tuple[int, ...]) -> "Readout":
+        """The same feature as a convolution: its direction in the middle of a window of zeros. Itself where it is one already.
+
+        Raises ValueError where it is a convolution with another window, or reads tokens that are not on the grid.
+        """
+        if self.window == window:
+            return self
+        if self.window or self.mask.shape[2] != math.prod(grid):
+            raise ValueError(
+                f"a readout with window {self.window} of {list(self.mask.shape[2:])} tokens cannot be read with window "
+                f"{window} on a grid {grid}"
+            )
+        rows, columns = window
+        around = [columns // 2, columns // 2, rows // 2, rows // 2]
+        return replace(
+            self, direction=F.pad(self.direction[..., None, None], around), mask=self.mask.unflatten(2, grid)
+        )
 
     @staticmethod
     def concat(readouts: "Sequence[Readout]") -> "Readout":
@@ -132,7 +162,25 @@ def pre_activations(
     """direction_k . token_n + bias_k: one product a sample (bmm), so that batch mates cannot change its rounding."""
     readout = readout.expand(tokens.shape[0])
     tokens = tokens.to(readout.direction.dtype)
-    return torch.baddbmm(readout.bias[..., None], readout.direction, tokens.transpose(1, 2))
+    if not readout.window:
+        return torch.baddbmm(readout.bias[..., None], readout.direction, tokens.transpose(1, 2))
+    b, k, d, height, width = readout.direction.shape
+    # Every tap's row at every token, then shifted and summed: K h w numbers a token, where gathering windows takes d h w.
+    taps = readout.direction.permute(0, 1, 3, 4, 2).reshape(b, k * height * width, d)
+    gh, gw = readout.mask.shape[2:]
+    maps = torch.bmm(taps, tokens.transpose(1, 2)).reshape(b, k, height, width, gh, gw)
+    up, left = height // 2, width // 2
+    maps = F.pad(maps, [left, left, up, up])
+    rows = _sum([maps[:, :, y, :, y : y + gh] for y in range(height)])  # [b, K, width, gh, gw + 2 left]
+    summed = _sum([rows[:, :, x, :, x : x + gw] for x in range(width)])  # [b, K, gh, gw]
+    return summed.flatten(2) + readout.bias[..., None]
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def threshold_latents(
@@ -146,7 +194,7 @@ def pool_latents(tokens: Float[Tensor, "batch tokens width"], readout: Readout) 
     """pool_k(latent_k) of every row, unweighted: what the pool stores and a sparse autoencoder's latents are ranked by."""
     readout = readout.expand(tokens.shape[0])
     latent = threshold_latents(pre_activations(tokens, readout), readout.threshold)
-    return pool(latent, readout.pooling, readout.mask)
+    return pool(latent, readout.pooling, readout.mask.flatten(2))
 
 
 def read(
@@ -161,8 +209,8 @@ def read(
     readout = readout.expand(tokens.shape[0])
     pre = pre_activations(tokens, readout)
     latent = threshold_latents(pre, readout.threshold)
-    activation = (readout.weight * pool(latent, readout.pooling, readout.mask)).sum(dim=-1)
-    drive = (readout.weight * pool(pre, readout.pooling, readout.mask)).sum(dim=-1)
+    activation = (readout.weight * pool(latent, readout.pooling, readout.mask.flatten(2))).sum(dim=-1)
+    drive = (readout.weight * pool(pre, readout.pooling, readout.mask.flatten(2))).sum(dim=-1)
     return activation, drive
 
 

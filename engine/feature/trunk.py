@@ -1,36 +1,38 @@
-"""A DINOv3 ViT up to one hooked layer: pictures in, tokens out. Later blocks are neither built nor read from the file.
+"""Vision trunks up to one hooked layer, from transformers' folders. Later layers are neither built nor read from the file.
 
 Knows transformers' folder format; must not know features, bundles or sampling.
 """
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tiltscope.engine.errors import BundleError, ConfigError
+from tiltscope.engine.feature.convnext import ConvNeXtConfig, TruncatedConvNeXt
+from tiltscope.engine.feature.hooked import CPU as CPU
+from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.feature.vit import Block, Embeddings, ViTConfig, rope_tables
-from tiltscope.engine.files import read_json, read_tensors
+from tiltscope.engine.files import read_json, read_tensors, tensor_names
+from tiltscope.engine.weights import assign_weights
 
 CONFIG, WEIGHTS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 FILES = (CONFIG, WEIGHTS, PREPROCESSOR)
 CPU = torch.device("cpu")
 
 
-class TruncatedViT(nn.Module):
+class TruncatedViT(Trunk):
     """x0 -> tokens [batch, 1 + registers + patches, width] at one hook.
 
-        pixels = ((x0 + 1)/2 - mean)/std        x0 in [-1, 1]; no clamp: an estimate outside the range keeps its gradient
         blocks.N: the residual stream before block N (N = 0 .. number of blocks; N = 0 is the embedding)
         norm:     LayerNorm of the last block's output, transformers' last_hidden_state
 
     Parameters take no gradient. Equal to transformers' full model to 1e-6 (tests/feature/test_trunk.py).
 
-    hook, width, num_blocks; grid = (gh, gw) patches; num_prefix_tokens = class token + registers; image_size = (h, w) pixels.
+    num_built: blocks before the hook.
     """
 
     def __init__(
@@ -42,71 +44,37 @@ class TruncatedViT(nn.Module):
         std: Sequence[float],
         image_size: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.hook = hook
-        self.image_size = image_size or (config.image_size, config.image_size)
+        size = image_size or (config.image_size, config.image_size)
         self.num_built = num_blocks_before(hook, config)
-        self.width = config.hidden_size
-        self.num_prefix_tokens = config.num_prefix_tokens
-        if any(side % config.patch_size for side in self.image_size):
-            raise BundleError(f"pictures of {self.image_size} px do not divide into patches of {config.patch_size} px")
-        self.grid = (self.image_size[0] // config.patch_size, self.image_size[1] // config.patch_size)
+        if any(side % config.patch_size for side in size):
+            raise BundleError(f"pictures of {size} px do not divide into patches of {config.patch_size} px")
+        super().__init__(
+            hook,
+            width=config.hidden_size,
+            grid=(size[0] // config.patch_size, size[1] // config.patch_size),
+            num_prefix_tokens=config.num_prefix_tokens,
+            image_size=size,
+            mean=mean,
+            std=std,
+        )
+        self.config = config
         self.embeddings = Embeddings(config)
         self.layer = nn.ModuleList(Block(config) for _ in range(self.num_built))
         self.norm = nn.LayerNorm(self.width, eps=config.layer_norm_eps) if hook == "norm" else None
-        self._mean, self._std = tuple(mean), tuple(std)
         self._set_tables(torch.float32)
-        # One sibling a dtype and device, shared by all of them, so that every feature of a hook runs the same module.
-        self._siblings: dict[tuple[torch.dtype, torch.device], TruncatedViT] = {}
 
     def _set_tables(self, dtype: torch.dtype) -> None:
+        super()._set_tables(dtype)
         head_width = self.width // self.config.num_attention_heads
-        # On the CPU even when the parameters are being built on the meta device: these are values, not weights to be loaded.
         with torch.device("cpu"):
             cos, sin = rope_tables(self.grid, head_width=head_width, base=self.config.rope_theta, dtype=dtype)
-            mean, std = (torch.tensor(v, dtype=dtype).view(1, 3, 1, 1) for v in (self._mean, self._std))
         self.cos, self.sin = nn.Buffer(cos, persistent=False), nn.Buffer(sin, persistent=False)
-        self.mean, self.std = nn.Buffer(mean, persistent=False), nn.Buffer(std, persistent=False)
 
-    @property
-    def num_tokens(self) -> int:
-        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embeddings.cls_token.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.embeddings.cls_token.device
-
-    def forward(self, x0: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens channel"]:
-        if x0.ndim != 4 or x0.shape[1:] != (3, *self.image_size):
-            raise ConfigError(
-                f"the trunk reads pictures [batch, 3, {self.image_size[0]}, {self.image_size[1]}]; got {list(x0.shape)}"
-            )
-        h = self.embeddings(((x0.to(self.dtype) + 1) / 2 - self.mean) / self.std)
+    def tokens(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens channel"]:
+        h = self.embeddings(pixels)
         for block in self.layer:
             h = block(h, self.cos, self.sin)
         return h if self.norm is None else self.norm(h)
-
-    def in_dtype(self, dtype: torch.dtype, device: torch.device = CPU) -> "TruncatedViT":
-        """This trunk with its weights in dtype on device; self is not changed, and asking twice gives the same module.
-
-        Weights are cast from the float32 ones that were loaded; tables are computed anew (float64 gets float64 tables).
-        """
-        loaded, wanted = (torch.float32, CPU), (dtype, device)
-        self._siblings.setdefault(loaded, self)
-        if wanted not in self._siblings:
-            source = self._siblings[loaded]
-            siblings, source._siblings = source._siblings, {}
-            sibling = copy.deepcopy(source).to(dtype)
-            sibling._set_tables(dtype)
-            sibling.to(device)
-            source._siblings = sibling._siblings = siblings
-            siblings[wanted] = sibling
-        return self._siblings[wanted]
 
 
 def num_blocks_before(hook: str, config: ViTConfig) -> int:
@@ -120,26 +88,54 @@ def num_blocks_before(hook: str, config: ViTConfig) -> int:
     raise ConfigError(f"hook {hook!r} is not in this trunk; allowed: blocks.0 to blocks.{total}, norm")
 
 
-def load_trunk(folder: Path, hook: str, *, image_size: tuple[int, int] | None = None) -> TruncatedViT:
-    """Build the trunk of a transformers DINOv3ViTModel folder up to `hook`, float32, on the CPU, in eval mode.
+class Architecture(NamedTuple):
+    """How a model_type is read: its configuration, its trunk, and the side of the smallest picture its last layer can read."""
+
+    config: Callable[[Mapping[str, Any]], Any]
+    trunk: Callable[..., Trunk]
+    least_side: Callable[[Any], int]
+
+
+# config.json's model_type -> how it is read.
+ARCHITECTURES: dict[str, Architecture] = {
+    "dinov3_vit": Architecture(ViTConfig.from_json, TruncatedViT, lambda config: config.patch_size),
+    "dinov3_convnext": Architecture(
+        ConvNeXtConfig.from_json, TruncatedConvNeXt, lambda config: 4 * 2 ** (len(config.depths) - 1)
+    ),
+}
+# Of the file and of no forward pass: what training masks patches with.
+_UNUSED = {"embeddings.mask_token"}
+
+
+def load_trunk(folder: Path, hook: str, *, image_size: tuple[int, int] | None = None) -> Trunk:
+    """Build the trunk of a transformers folder (a key of ARCHITECTURES) up to `hook`, float32, on the CPU, in eval mode.
 
     folder holds config.json, preprocessor_config.json (image_mean, image_std) and model.safetensors (any floating dtype).
     image_size: the pictures' (h, w); default the config's. Raises BundleError (files), ConfigError (hook).
     """
-    config = ViTConfig.from_json(read_json(folder / CONFIG))
+    config = read_json(folder / CONFIG)
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise BundleError(f"trunk/config.json: model_type {kind!r} is not known; allowed: {', '.join(ARCHITECTURES)}")
+    architecture = ARCHITECTURES[kind]
+    config = architecture.config(config)
+    side = architecture.least_side(config)
     mean, std = _normalisation(read_json(folder / PREPROCESSOR), folder)
     with torch.device("meta"):  # no random initialisation: nothing to throw away, and no draw from the global generator
-        trunk = TruncatedViT(config, hook, mean=mean, std=std, image_size=image_size)
+        trunk = architecture.trunk(config, hook, mean=mean, std=std, image_size=image_size)
+        # All that the file may hold: a name beyond that is of another model.
+        whole = architecture.trunk(config, "norm", mean=mean, std=std, image_size=(side, side))
+    known = set(whole.state_dict()) | _UNUSED
+    # transformers' files name blocks `layer.N`, or `model.layer.N` where they were written from memory; stages likewise.
+    held = {name: name.removeprefix("model.") for name in tensor_names(folder / WEIGHTS)}
     wanted = set(trunk.state_dict())
-    # transformers' files name blocks `layer.N`, or `model.layer.N` where they were written from memory.
-    found = read_tensors(folder / WEIGHTS, wanted | {f"model.{name}" for name in wanted})
-    weights = {name.removeprefix("model."): tensor for name, tensor in found.items()}
-    try:
-        trunk.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise BundleError(
-            f"{folder / WEIGHTS} does not hold the weights that config.json describes: {error}"
-        ) from error
+    found = read_tensors(folder / WEIGHTS, [name for name, plain in held.items() if plain in wanted])
+    assign_weights(
+        trunk,
+        {held[name]: tensor for name, tensor in found.items()},
+        folder / WEIGHTS,
+        extra=tuple(name for name, plain in held.items() if plain not in known),
+    )
     return trunk.eval().requires_grad_(False)
 
 

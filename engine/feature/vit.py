@@ -48,11 +48,7 @@ class ViTConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "ViTConfig":
-        """Raises BundleError where the model is of another type or its sizes do not fit together."""
-        if config.get("model_type") != "dinov3_vit":
-            raise BundleError(
-                f"trunk/config.json: model_type {config.get('model_type')!r} is not known; allowed: dinov3_vit"
-            )
+        """Raises BundleError where its sizes do not fit together."""
         found = cls(**{f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None})
         if found.hidden_act not in ACTIVATIONS:
             raise BundleError(

@@ -1,5 +1,6 @@
-"""From a folder in diffusers' format to a Prior. Offline; only JSON and safetensors are read, no code of the folder is run."""
+"""From a folder in diffusers' format to a denoiser. Offline; only JSON and safetensors are read, no code of the folder is run."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,74 +10,123 @@ from torch import nn
 from tiltscope.engine.batch_invariant import replace_modules
 from tiltscope.engine.errors import BundleError
 from tiltscope.engine.files import read_json, read_tensors
-from tiltscope.engine.prior.levels import sigma_levels
-from tiltscope.engine.prior.network import PREDICTIONS, NetworkDenoiser, TimeEmbedding
+from tiltscope.engine.prior.dit import DiT
+from tiltscope.engine.prior.network import NetworkDenoiser, TimeEmbedding
+from tiltscope.engine.prior.schedulers import read_scheduler
+from tiltscope.engine.weights import assign_weights
 
 CONFIG, WEIGHTS, SCHEDULER = "config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"
 FILES = (CONFIG, WEIGHTS, SCHEDULER)
 
 
-def load_denoiser(folder: Path, *, kind: str, shape: tuple[int, ...], pixel_unshuffle: int) -> NetworkDenoiser:
+def load_denoiser(
+    folder: Path,
+    *,
+    kind: str,
+    shape: tuple[int, ...],
+    pixel_unshuffle: int = 1,
+    stated: Mapping[str, Any] | None = None,
+) -> NetworkDenoiser:
     """The denoiser of a prior folder: config.json, diffusion_pytorch_model.safetensors, scheduler_config.json; float32, CPU.
 
-    kind is a key of KINDS; shape the public [channel, height, width]. Raises BundleError naming the file and what is allowed.
+    kind is a key of KINDS; shape the public [channel, height, width]; stated: what bundle.json says of the prior, compared with
+    the scheduler's own file. Raises BundleError naming the file and what is allowed, and both values where two differ.
     """
     if kind not in KINDS:
         raise BundleError(f"prior kind {kind!r} is not known; allowed: {', '.join(KINDS)}")
-    scheduler = read_json(folder / SCHEDULER)
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
+    process = read_scheduler(read_json(folder / SCHEDULER), folder / SCHEDULER, stated or {})
+    config = read_json(folder / CONFIG)
+    channels = shape[0] * pixel_unshuffle**2
+    learned_range = _tells_variance(config, channels, folder)
+    if process.variance_type is not None and (process.variance_type == "learned_range") != learned_range:
         raise BundleError(
-            f"{folder / SCHEDULER}: prediction_type {prediction!r} is not known; allowed: {', '.join(PREDICTIONS)}"
+            f"{folder / CONFIG}: out_channels is {config.get('out_channels')!r} for {channels} channels, but variance_type of "
+            f"{folder / SCHEDULER} is {process.variance_type!r}; twice the channels go with 'learned_range', and only with it"
         )
-    levels = sigma_levels(scheduler)
-    if prediction == "epsilon" and levels[0] == 1.0:
-        raise BundleError(f"{folder / SCHEDULER}: an epsilon prediction says nothing at sigma = 1 (zero terminal SNR)")
+    if learned_range and pixel_unshuffle > 1:
+        raise BundleError(f"{folder / CONFIG}: a learned variance goes with pixel_unshuffle 1, got {pixel_unshuffle}")
     return NetworkDenoiser(
-        KINDS[kind](folder, shape, pixel_unshuffle),
-        levels=levels,
-        prediction=prediction,
+        KINDS[kind](folder, config, (channels, shape[1] // pixel_unshuffle, shape[2] // pixel_unshuffle)),
+        levels=process.levels,
+        prediction=process.prediction,
         pixel_unshuffle=pixel_unshuffle,
+        learned_range=learned_range,
+        time_scale=process.time_scale,
+        sigma_data=process.sigma_data,
     )
 
 
-def load_unet2d(folder: Path, shape: tuple[int, ...], pixel_unshuffle: int) -> nn.Module:
-    """diffusers' UNet2DModel, unconditional, positional time embedding, no learned variance. Raises BundleError."""
+def _tells_variance(config: Mapping[str, Any], channels: int, folder: Path) -> bool:
+    """Whether out_channels is twice the channels. Raises BundleError where channels are anything else."""
+    default = config.get("in_channels") if config.get("_class_name") == "DiTTransformer2DModel" else 3
+    found = config.get("out_channels", default) or config.get("in_channels")
+    if config.get("in_channels", 3) != channels:
+        raise BundleError(
+            f"{folder / CONFIG}: in_channels must be {channels!r} here, got {config.get('in_channels')!r}"
+        )
+    if found not in (channels, 2 * channels):
+        raise BundleError(
+            f"{folder / CONFIG}: out_channels must be {channels!r} here, or {2 * channels} with a learned variance, got {found!r}"
+        )
+    return found == 2 * channels
+
+
+def load_unet2d(folder: Path, config: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module:
+    """diffusers' UNet2DModel, unconditional, positional time embedding: ADM's and DDPM's U-Nets too. Raises BundleError."""
     from diffusers.models.unets.unet_2d import UNet2DModel  # seconds to import: only where there is a network to load
 
-    config = read_json(folder / CONFIG)
-    if config.get("_class_name") != "UNet2DModel":
-        raise BundleError(f"{folder / CONFIG}: {config.get('_class_name')!r} is not known; allowed: UNet2DModel")
-    channels = shape[0] * pixel_unshuffle**2
+    del shape
     expected = {
-        "in_channels": channels,
-        "out_channels": channels,
         "time_embedding_type": "positional",
         "class_embed_type": None,
         "num_class_embeds": None,
+        "center_input_sample": False,
     }
-    defaults = {"in_channels": 3, "out_channels": 3, "time_embedding_type": "positional"}
+    defaults = {"time_embedding_type": "positional", "center_input_sample": False}
     for name, value in expected.items():
         if config.get(name, defaults.get(name)) != value:
             raise BundleError(f"{folder / CONFIG}: {name} must be {value!r} here, got {config.get(name)!r}")
-    try:
-        with torch.device("meta"):  # no random initialisation, and no draw from the global generator
-            unet: Any = UNet2DModel.from_config(config)
-    except (TypeError, ValueError) as error:
-        raise BundleError(f"{folder / CONFIG} does not describe a UNet2DModel: {error}") from error
+    unet: Any = _built(UNet2DModel, folder, config)
     unet.time_proj = TimeEmbedding(
         unet.config.block_out_channels[0],
         flip_sin_to_cos=unet.config.flip_sin_to_cos,
         downscale_freq_shift=float(unet.config.freq_shift),
     )
-    try:
-        unet.load_state_dict(read_tensors(folder / WEIGHTS), assign=True)
-    except RuntimeError as error:
-        raise BundleError(f"{folder / WEIGHTS} does not hold the weights that {CONFIG} describes: {error}") from error
+    assign_weights(unet, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     # Only now: loading needs the parameters where diffusers has them, sampling needs bits that no batch mate can change.
     replace_modules(unet)
     return unet
 
 
-# bundle.json's prior.kind -> a function (folder, shape, pixel_unshuffle) -> network(x, t).
-KINDS = {"diffusers_unet2d": load_unet2d}
+def load_dit(folder: Path, config: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module:
+    """diffusers' DiTTransformer2DModel with the null class: DiT, and transformers of the same form trained as flows (SiT)."""
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    side = config.get("sample_size", 32)
+    if shape[1:] != (side, side):
+        raise BundleError(
+            f"{folder / CONFIG}: sample_size is {side!r}, but samples of the bundle are {list(shape[1:])}"
+        )
+    transformer: Any = _built(DiTTransformer2DModel, folder, config)
+    assign_weights(transformer, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    network = DiT(transformer)
+    replace_modules(network)
+    return network
+
+
+def _built(kind: Any, folder: Path, config: Mapping[str, Any]) -> Any:
+    """The library's model without values. Raises BundleError where config.json is of another class, or describes none."""
+    if config.get("_class_name") != kind.__name__:
+        raise BundleError(f"{folder / CONFIG}: {config.get('_class_name')!r} is not known; allowed: {kind.__name__}")
+    try:
+        with torch.device("meta"):  # no random initialisation, and no draw from the global generator
+            return kind.from_config(config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise BundleError(f"{folder / CONFIG} does not describe a {kind.__name__}: {error}") from error
+
+
+# bundle.json's prior.kind -> a function (folder, config.json, [channel, height, width] of its input) -> network(x, t).
+KINDS: dict[str, Callable[[Path, Mapping[str, Any], tuple[int, ...]], nn.Module]] = {
+    "diffusers_unet2d": load_unet2d,
+    "diffusers_dit": load_dit,
+}

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tiltscope.engine.errors import ConfigError
+from tiltscope.engine.prior.decoder import Decoder
 from tiltscope.engine.prior.network import CPU, NetworkDenoiser
 from tiltscope.engine.trial import check_name, trial_values
 
@@ -31,7 +32,8 @@ class Prior:
     shape      of one sample
     levels     the network's own sigma, float64, strictly descending (what grid="native" walks), or None
     identity   "sha256:..." of the weights, or "custom:NAME"
-    pictures   whether x0 is [3, h, w] in [-1, 1]
+    pictures   whether x0 is, or decodes to, [3, h, w] in [-1, 1]
+    decoder    from latents to pictures where x0 is latent, or None
     pool       the pool of the bundle it comes from, or None
     network    the network behind denoise where there is one, or None (what an exporter traces)
 
@@ -47,16 +49,25 @@ class Prior:
         self.identity = f"custom:{name}"
         self.levels: NDArray[np.float64] | None = None
         self.network: NetworkDenoiser | None = None
+        self.decoder: Decoder | None = None
         self.pool: Any = None
         self._root = self
         self._siblings: dict[tuple[torch.dtype, torch.device], Prior] = {}
 
     @classmethod
     def from_network(
-        cls, network: NetworkDenoiser, *, shape: Sequence[int], name: str, identity: str, pool: object = None
+        cls,
+        network: NetworkDenoiser,
+        *,
+        shape: Sequence[int],
+        name: str,
+        identity: str,
+        pool: object = None,
+        decoder: Decoder | None = None,
     ) -> "Prior":
-        """A prior whose denoiser is a network; `to(dtype)` moves it between precisions."""
+        """A prior whose denoiser is a network; `to(dtype)` moves it between precisions. decoder: of its latents, float32."""
         prior = cls(network, shape=shape, name=name)
+        prior.decoder = decoder
         prior.network, prior.levels, prior.identity, prior.pool = network, network.levels, identity, pool
         prior._siblings[network.dtype, network.device] = prior
         return prior
@@ -66,7 +77,22 @@ class Prior:
 
     @property
     def pictures(self) -> bool:
-        return len(self.shape) == 3 and self.shape[0] == 3
+        return self.decoder is not None or (len(self.shape) == 3 and self.shape[0] == 3)
+
+    def decode(self, x0: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch 3 height width"]:
+        """The picture of x0 in about [-1, 1]: itself, or what its decoder makes of it, in the decoder's float32.
+
+        Raises ConfigError where the prior is not of pictures.
+        """
+        if not self.pictures:
+            raise ConfigError(
+                f"prior {self.name}: samples of shape {list(self.shape)} are no pictures and have no decoder"
+            )
+        if self.decoder is None:
+            return x0
+        with torch.no_grad():
+            # One at a time: a decoder holds a hundred times its latent.
+            return torch.cat([self.decoder(x0[[at]].float().to(self.decoder.device)) for at in range(len(x0))])
 
     def denoise(
         self, x: Float[Tensor, "batch *shape"], sigma: Float64[Tensor, "batch"]
@@ -91,7 +117,7 @@ class Prior:
         """round((x0 + 1) * 127.5) within [0, 255], uint8; None where the prior is not of pictures. NaN becomes 0."""
         if not self.pictures:
             return None
-        return ((x0.detach().float() + 1) * 127.5).nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
+        return ((self.decode(x0.detach()).float() + 1) * 127.5).nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
 
     def to(self, dtype: torch.dtype, device: torch.device = CPU) -> "Prior":
         """This prior with its network in dtype on device (the same object each time; a custom prior is itself)."""
@@ -106,6 +132,7 @@ class Prior:
                 name=self.name,
                 identity=self.identity,
                 pool=self.pool,
+                decoder=self.decoder,
             )
             sibling._root = root
             root._siblings[dtype, device] = sibling

@@ -10,6 +10,7 @@ import platform
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -42,7 +43,7 @@ def complete(manifest: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"manifest: identity must be 64 hex digits, got {identity!r}")
     known = {
         "schema_version": SCHEMA_VERSION,
-        "versions": versions(),
+        "versions": dict(versions()),
         "platform": {"system": platform.system(), "machine": platform.machine()},
         "repeat": repeat_command(manifest),
     }
@@ -51,8 +52,9 @@ def complete(manifest: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+@cache
 def versions() -> dict[str, str | None]:
-    """Python's and each distribution's version; None for one that is not installed as a distribution."""
+    """Python's and each distribution's version; None for one that is not installed. Read once: it takes longer than a row."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:

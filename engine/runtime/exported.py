@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tiltscope.engine.errors import RunnerError
 from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.feature.readout import Readout
-from tiltscope.engine.feature.trunk import TruncatedViT
 from tiltscope.engine.prior.network import NetworkDenoiser
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime.conditioning import CONDITIONING, conditioning
@@ -57,7 +57,7 @@ def readout_inputs(readout: Readout, num: int) -> list[Tensor]:
     return [getattr(padded, each.name).contiguous() for each in fields(Readout)]
 
 
-def network_parts(prior: Prior, feature: Feature, runner: str) -> tuple[NetworkDenoiser, TruncatedViT, Readout]:
+def network_parts(prior: Prior, feature: Feature, runner: str) -> tuple[NetworkDenoiser, Trunk, Readout]:
     """What an exporter can trace. Raises RunnerError for a prior or a feature that is a Python function."""
     if prior.network is None or feature.trunk is None or feature.readout is None:
         what = f"prior {prior.name}" if prior.network is None else f"feature {feature.name}"

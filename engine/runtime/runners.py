@@ -5,6 +5,8 @@ hook, `build_step`, which builds an artefact; every use loads the artefact and h
 trusted (gate.py). This module imports no torch: the command line's --help reads the names.
 """
 
+from collections.abc import Callable
+from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -36,17 +38,22 @@ class Exporter(Protocol):
     def load(self, folder: "Path", prior: "Prior", feature: "Feature", dtype: "torch.dtype") -> "Step": ...
 
 
+@cache
+def registered() -> dict[str, Callable[[], Exporter]]:
+    """What loads each exporter, by its name. Read once: looking through every distribution takes as long as a row."""
+    return {entry.name: entry.load for entry in entry_points(group=GROUP)}
+
+
 def runner_names() -> tuple[str, ...]:
     """The runners that can be asked for here."""
-    return (REFERENCE, *sorted(entry.name for entry in entry_points(group=GROUP)))
+    return (REFERENCE, *sorted(registered()))
 
 
 def exporter(runner: str) -> Exporter:
     """The exporter registered under this name. Raises RunnerError where there is none."""
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if runner not in found:
+    if runner not in registered():
         raise RunnerError(f"runner: got {runner!r}, available here: {', '.join(runner_names())}")
-    return found[runner].load()
+    return registered()[runner]()
 
 
 def step_for(runner: str, prior: "Prior", feature: "Feature", dtype: "torch.dtype") -> "Step":

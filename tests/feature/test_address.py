@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.address import KINDS, POOLINGS, FeatureAddress, parse
 
-hooks = st.one_of(st.just("norm"), st.integers(0, 9999).map(lambda n: f"blocks.{n}"))
+number = st.integers(0, 9999)
+hooks = st.one_of(
+    st.just("norm"),
+    number.map(lambda n: f"blocks.{n}"),
+    st.tuples(number, number).map(lambda at: f"stages.{at[0]}.{at[1]}"),
+)
 poolings = st.one_of(
     st.sampled_from(POOLINGS), st.tuples(st.integers(0, 9999), st.integers(0, 9999)).map(lambda p: f"{p[0]},{p[1]}")
 )
@@ -48,7 +53,7 @@ def test_the_split_is_at_two_colons_and_the_last_at():
         ("layer.5:sae:1", ["'layer.5'", "blocks.N", "norm"]),
         ("blocks.-1:sae:1", ["'blocks.-1'"]),
         ("blocks.5.1:sae:1", ["'blocks.5.1'"]),
-        ("stages.2.20:sae:1", ["'stages.2.20'", "blocks.N"]),
+        ("stages.2:sae:1", ["'stages.2'", "blocks.N", "stages.S.B"]),
         ("blocks.5:latent:1", ["'latent'", *KINDS]),
         ("blocks.5:sae:-1", ["'-1'", "0 or above"]),
         ("blocks.5:sae:1.0", ["'1.0'"]),

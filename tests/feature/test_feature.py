@@ -136,6 +136,43 @@ def test_heat_map_shows_what_is_pooled(bundle, x0):
     assert (bundle.feature("blocks.1:cls:3") + bundle.feature("blocks.1:sae:3")).heat_map(x0) is None
 
 
+def test_a_mask_pools_over_its_places_alone(bundle, x0):
+    feature = bundle.feature("blocks.1:sae:3")
+    grid = feature.trunk.grid
+    mask = torch.zeros(grid, dtype=torch.bool)
+    mask[1, 2] = mask[3, 0] = True
+    places = [bundle.feature(f"blocks.1:sae:3@{y},{x}").activation(x0) for y, x in ((1, 2), (3, 0))]
+    expected = 0.7 * torch.maximum(*places) + 0.3 * (places[0] + places[1]) / 2
+    torch.testing.assert_close(feature.masked(mask).activation(x0), expected)
+    whole = bundle.feature("blocks.1:sae:3@max").masked(torch.ones(grid, dtype=torch.bool))
+    torch.testing.assert_close(whole.activation(x0), bundle.feature("blocks.1:sae:3@max").activation(x0))
+
+
+def test_a_masked_feature_is_another_feature_whose_natural_activations_are_its_own(bundle):
+    feature = bundle.feature("blocks.1:sae:3")
+    mask = torch.zeros(feature.trunk.grid, dtype=torch.bool)
+    mask[0, 0] = True
+    corner = feature.masked(mask)
+    assert corner.identity != feature.identity != feature.masked(~mask).identity
+    at_corner = bundle.pool.activations(bundle.feature("blocks.1:sae:3@0,0"))
+    np.testing.assert_allclose(bundle.pool.activations(corner), at_corner, atol=1e-5)
+    assert tiltscope.sample(bundle.prior, corner - feature, num=1, lam=0.5, steps=2).ok.all()
+
+
+@pytest.mark.parametrize(
+    ("address", "mask", "said"),
+    [
+        ("blocks.1:sae:3", torch.ones(2, 2, dtype=torch.bool), "allowed is bool"),
+        ("blocks.1:sae:3", torch.ones(8, 8), "got torch.float32"),
+        ("blocks.1:sae:3", torch.zeros(8, 8, dtype=torch.bool), "with 0 places"),
+        ("norm:cls:2", torch.ones(8, 8, dtype=torch.bool), "no places to be masked"),
+    ],
+)
+def test_a_wrong_mask_is_refused(bundle, address, mask, said):
+    with pytest.raises(ConfigError, match=said):
+        bundle.feature(address).masked(mask)
+
+
 def test_cls_reads_the_class_token_and_neuron_a_patch(bundle, x0):
     tokens = bundle.trunk("blocks.1")(x0)
     torch.testing.assert_close(bundle.feature("blocks.1:cls:5").activation(x0), tokens[:, 0, 5], rtol=0, atol=1e-6)

@@ -55,7 +55,9 @@ def mirror(monkeypatch, tmp_path):
     exporter = Mirror()
     monkeypatch.setenv("TILTSCOPE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(runners, "entry_points", lambda group: [Entry(exporter)] if group == runners.GROUP else [])
-    return exporter
+    runners.registered.cache_clear()
+    yield exporter
+    runners.registered.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tiltscope.engine.prior.levels import sigma_levels
-from tiltscope.engine.prior.network import NetworkDenoiser, TimeEmbedding
+from tiltscope.engine.prior.network import PREDICTIONS, NetworkDenoiser, TimeEmbedding
 from tiltscope.engine.runtime.conditioning import conditioning
 from tiltscope.engine.runtime.schedule import Schedule
 
@@ -18,7 +18,7 @@ class Network(nn.Module):
         self.time_proj = TimeEmbedding(**embedding)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(
     "embedding",
     [
@@ -27,8 +27,9 @@ class Network(nn.Module):
     ],
 )
 def test_it_is_the_torch_one(prediction, embedding, tmp_path):
+    facts = {"time_scale": 700.0, "sigma_data": 0.6}
     levels = sigma_levels({"beta_schedule": "squaredcos_cap_v2"})
-    denoiser = NetworkDenoiser(Network(**embedding), levels=levels, prediction=prediction)
+    denoiser = NetworkDenoiser(Network(**embedding), levels=levels, prediction=prediction, **facts)
     schedule = Schedule(
         shape=(3, 8, 8),
         rows=4,
@@ -37,6 +38,7 @@ def test_it_is_the_torch_one(prediction, embedding, tmp_path):
         channels=embedding["num_channels"],
         flip_sin_to_cos=embedding["flip_sin_to_cos"],
         downscale_freq_shift=embedding["downscale_freq_shift"],
+        **facts,
     )
     schedule.write(tmp_path)
     sigma = np.concatenate([[0.0, 1e-4, levels[-1] / 2], levels[::97], np.linspace(0.001, 0.9999, 60), [1.0 - 1e-9]])

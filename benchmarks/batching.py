@@ -1,0 +1,176 @@
+"""The batcher under a mixed stream: what unlike requests cost beside like ones, what sharing gains, and how long a request waits.
+
+Requests of one picture each: five features, three solvers, 10 to 50 rows, their own lambda and seed. Counted in sample rows a
+second, because requests differ in length.
+
+    alike        the same number of rows, all of one feature, solver and length, through the batcher
+    mixed        the stream, all of it at hand
+    one by one   the stream, each request alone by sample(batch_size=1)
+    gain         a guided row at batch 8 against batch 1, the same pictures: what sharing could bring at most
+    latency      the stream as a Poisson process at shares of the mixed throughput: p50 and p95 from submission to answer
+
+The gate: a request of the stream equals its solo run bit for bit. alike, mixed and one by one are timed in turn, `--repeats`
+times. `--stub` puts a denoiser without cost in the bundle's place, runs 2,000 requests and reports the host's own time a row and
+the growth of memory. Appends a line to results/batching.jsonl.
+"""
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+import tiltscope
+from tiltscope.engine.bench.machine import append_result
+from tiltscope.engine.tilt.worlds import GaussianWorld
+
+BATCH = 8
+FEATURES = tuple(f"blocks.5:sae:{index}" for index in (1169, 131, 1860, 1839, 872))
+SOLVERS = ("ddpm", "ddim(eta=0.5)", "dpmpp_2m_sde")
+LOADS = (0.5, 0.7, 0.9)
+Asked = tuple[Any, dict[str, Any]]
+RESULTS = Path(__file__).parent / "results" / "batching.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    num: int = 24
+    """requests of a stream"""
+    repeats: int = 2
+    stub: bool = False
+    """a denoiser without cost, and 2,000 requests"""
+
+
+def stream(features: Sequence[Any], num: int) -> list[Asked]:
+    """The mixed stream: fixed, every combination of feature and solver in turn."""
+    rng = np.random.default_rng(0)
+    return [
+        (
+            features[at % len(features)],
+            {
+                "num": 1,
+                "seed": at,
+                "lam": round(float(rng.uniform(0.2, 1.0)), 3),
+                "solver": SOLVERS[at % len(SOLVERS)],
+                "steps": int(rng.integers(10, 51)),
+            },
+        )
+        for at in range(num)
+    ]
+
+
+def alike(asked: Sequence[Asked]) -> list[Asked]:
+    """As many requests, and about as many rows, of one kind."""
+    steps = round(rows_of(asked) / len(asked))
+    feature, settings = asked[0]
+    return [(feature, settings | {"steps": steps, "seed": at}) for at in range(len(asked))]
+
+
+def rows_of(asked: Sequence[Asked]) -> int:
+    return sum(settings["steps"] for _, settings in asked)
+
+
+def batched(model: Any, asked: Sequence[Asked]) -> tuple[float, list[tiltscope.Samples]]:
+    """(sample rows a second, answers) of a stream that is all at hand."""
+    with tiltscope.Engine(model, max_batch=BATCH) as engine:
+        started = time.perf_counter()
+        tickets = [engine.submit(feature, **settings) for feature, settings in asked]
+        answers = [ticket.result() for ticket in tickets]
+        return rows_of(asked) / (time.perf_counter() - started), answers
+
+
+def one_by_one(prior: tiltscope.Prior, asked: Sequence[Asked], feature_of: Any) -> float:
+    started = time.perf_counter()
+    for feature, settings in asked:
+        tiltscope.sample(prior, feature_of(feature), batch_size=1, **settings)
+    return rows_of(asked) / (time.perf_counter() - started)
+
+
+def sharing_gain(prior: tiltscope.Prior, feature: tiltscope.Feature) -> float:
+    """Sample rows a second of guided rows at batch 8 over those at batch 1: the median of five, in turn."""
+    taken: dict[int, list[float]] = {1: [], BATCH: []}
+    for _ in range(5):
+        for size, seconds in taken.items():
+            started = time.perf_counter()
+            tiltscope.sample(prior, feature, num=size, lam=0.5, steps=8 // size + 1, batch_size=size)
+            seconds.append((time.perf_counter() - started) / (size * (8 // size + 1)))
+    return float(np.median(taken[1]) / np.median(taken[BATCH]))
+
+
+def latencies(model: Any, asked: Sequence[Asked], rows_a_second: float) -> dict[str, float]:
+    """Seconds from submission to answer, where requests arrive as a Poisson process of this many rows a second."""
+    gaps = np.random.default_rng(1).exponential(rows_of(asked) / len(asked) / rows_a_second, len(asked))
+    ended: dict[int, float] = {}
+    with tiltscope.Engine(model, max_batch=BATCH) as engine:
+        begun: list[float] = []
+        for at, ((feature, settings), gap) in enumerate(zip(asked, gaps, strict=True)):
+            time.sleep(gap)
+            begun.append(time.perf_counter())
+            ticket = engine.submit(feature, **settings)
+            ticket.add_done_callback(lambda _, at=at: ended.setdefault(at, time.perf_counter()))
+    waited = [ended[at] - start for at, start in enumerate(begun)]
+    return {"p50": float(np.quantile(waited, 0.5)), "p95": float(np.quantile(waited, 0.95))}
+
+
+def check_equal(model: Any, prior: tiltscope.Prior, asked: Sequence[Asked], feature_of: Any) -> None:
+    """Raises SystemExit where an answer of the batcher is not its solo run's."""
+    _, answers = batched(model, asked[:4])
+    for (feature, settings), answer in zip(asked[:4], answers, strict=True):
+        alone = tiltscope.sample(prior, feature_of(feature), batch_size=BATCH, **settings)
+        if not torch.equal(alone.x0, answer.x0):
+            raise SystemExit(f"{feature} {settings}: not the solo run's picture; nothing is timed")
+
+
+def run_bundle(config: Config) -> dict[str, Any]:
+    bundle = tiltscope.load("emoji64")
+    asked = stream(FEATURES, config.num)
+    check_equal(bundle, bundle.prior, asked, bundle.feature)
+    found: dict[str, list[float]] = {"alike": [], "mixed": [], "one by one": []}
+    for _ in range(config.repeats):
+        found["alike"].append(batched(bundle, alike(asked))[0])
+        found["mixed"].append(batched(bundle, asked)[0])
+        found["one by one"].append(one_by_one(bundle.prior, asked, bundle.feature))
+    rate = {name: float(np.median(values)) for name, values in found.items()}
+    gain = sharing_gain(bundle.prior, bundle.feature(FEATURES[0]))
+    facts = {
+        "sample_rows_a_second": rate,
+        "mixed_over_alike": rate["mixed"] / rate["alike"],
+        "mixed_over_one_by_one": rate["mixed"] / rate["one by one"],
+        "batch_gain": gain,
+        "latency_s": {str(load): latencies(bundle, asked, load * rate["mixed"]) for load in LOADS},
+    }
+    print(f"mixed {rate['mixed']:.2f} sample rows a second: {facts['mixed_over_alike']:.2f} of alike (bar .9)")
+    share = facts["mixed_over_one_by_one"] / gain
+    print(f"{facts['mixed_over_one_by_one']:.2f} times one by one: {share:.2f} of the gain {gain:.2f} (bar .85)")
+    for load, waited in facts["latency_s"].items():
+        print(f"load {load}: p50 {waited['p50']:.1f} s, p95 {waited['p95']:.1f} s")
+    return facts
+
+
+def run_stub() -> dict[str, Any]:
+    world = GaussianWorld(s=1.3, shape=(3, 8, 8))
+    prior = tiltscope.Prior(lambda x, sigma: x * 0.5, shape=world.shape, name="stub")
+    asked = stream([world.feature], 2000)
+    batched(prior, asked[:100])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rate, _ = batched(prior, asked[:1000])
+    middle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    batched(prior, asked[1000:])
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    facts = {"us_a_tick": 1e6 * BATCH / rate, "peak_growth_mib": [(middle - before) / 1024, (after - middle) / 1024]}
+    print(f"{facts['us_a_tick']:.0f} us a tick of {BATCH}; peak memory grew by {facts['peak_growth_mib']} MiB")
+    return facts
+
+
+def main(config: Config) -> None:
+    facts = run_stub() if config.stub else run_bundle(config)
+    append_result(RESULTS, "batching", stub=config.stub, num=config.num, threads=torch.get_num_threads(), **facts)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

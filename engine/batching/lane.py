@@ -1,0 +1,155 @@
+"""A lane: samples that can share a network call, and the choice of which of them do in the next tick.
+
+Two samples share a lane where one step serves both: the same trunk and hook (or the same custom feature), as many summed rows,
+the same lift and number of particles. A tick advances samples whose next rows need the same graph, so that no graph runs for a
+part of a batch. The batch stays together while it can: states are copied only where its membership changes.
+"""
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from tiltscope.engine.batching.request import Request, Sample
+from tiltscope.engine.batching.slots import padded, take
+from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.sample import Run
+from tiltscope.engine.sampler.state import HostRows, SlotState
+from tiltscope.engine.sampler.tick import tick
+
+# A graph that samples wait for runs after so many ticks of the others at the latest.
+PATIENCE = 4
+
+
+def step_key(feature: Feature) -> object:
+    """Features of equal keys are served by one step: those of one hook, whose trunk is one object, or one custom feature."""
+    return feature.identity if feature.trunk is None else id(feature.trunk)
+
+
+def lane_key(run: Run) -> tuple[object, ...]:
+    """Runs of equal keys share a lane."""
+    rows = None if run.feature.readout is None else run.feature.readout.num_rows
+    return (step_key(run.feature), rows, run.config.lift, run.config.particles, run.config.bucket)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that advance together, side by side, padded to whole buckets."""
+
+    samples: tuple[Sample, ...]
+    state: SlotState
+
+
+class Lane:
+    """The waiting requests and the live samples of one key."""
+
+    def __init__(self, run: Run) -> None:
+        self.programme = run.programme
+        self.bucket, self.particles = run.config.bucket, run.config.particles
+        self.capacity = max(1, self.bucket // self.particles)
+        self.waiting: deque[Request] = deque()
+        self.live: list[Sample] = []
+        self.batch: Batch | None = None
+        self.last_size = 0
+        self._passed: dict[int, int] = {}
+
+    @property
+    def idle(self) -> bool:
+        return not self.live and not self.waiting
+
+    def requests(self) -> list[Request]:
+        """Those with samples that wait or are being drawn."""
+        return list(dict.fromkeys([*(sample.request for sample in self.live), *self.waiting]))
+
+    def add(self, request: Request) -> None:
+        self.live += request.live.values()
+        if request.waiting:
+            self.waiting.append(request)
+
+    def admit(self) -> None:
+        """Waiting samples become live, one of each request in turn, until two batches are: so that either graph can fill one."""
+        while self.waiting and len(self.live) < 2 * self.capacity:
+            request = self.waiting.popleft()
+            if request.ended:
+                continue
+            self.live.append(request.start())
+            if request.waiting:
+                self.waiting.append(request)
+
+    def drop_ended(self) -> None:
+        """Forget the samples of requests that nobody waits for."""
+        self.live = [sample for sample in self.live if not sample.request.ended]
+        self.waiting = deque(request for request in self.waiting if not request.ended)
+
+    def tick(self, now: float) -> list[Sample]:
+        """Advance one batch by one row; the samples that thereby are done, no longer live."""
+        batch = self._gathered(self._choose())
+        state, seen = tick(batch.state, self.programme)
+        self.batch = Batch(batch.samples, state)
+        for at, sample in enumerate(batch.samples):
+            sample.row += 1
+            sample.seen = seen.x0_hat[at * self.particles]
+            if sample.request.first_tick is None:
+                sample.request.first_tick = now
+        self.last_size = len(batch.samples)
+        done = [sample for sample in batch.samples if sample.done]
+        if done:
+            self._scatter()
+            self.live = [sample for sample in self.live if not sample.done]
+        return done
+
+    def settle(self) -> None:
+        """Every live sample's own state is its last one: what a checkpoint reads."""
+        self._scatter()
+
+    def _choose(self) -> tuple[Sample, ...]:
+        """The graph that fills a batch best, or one that has waited too long; its samples, those of the last batch first."""
+        by_kind: dict[int, list[Sample]] = {}
+        for sample in self.live:
+            by_kind.setdefault(sample.kind, []).append(sample)
+        self._passed = {kind: self._passed.get(kind, 0) + 1 for kind in by_kind}
+        overdue = [kind for kind in by_kind if self._passed[kind] > PATIENCE]
+        kind = max(overdue or by_kind, key=lambda k: (min(len(by_kind[k]), self.capacity), self._passed[k]))
+        self._passed[kind] = 0
+        last = () if self.batch is None else self.batch.samples
+        stay = [sample for sample in last if sample in by_kind[kind]]
+        fresh = [sample for sample in by_kind[kind] if sample not in stay]
+        return tuple([*stay, *fresh][: self.capacity])
+
+    def _gathered(self, chosen: tuple[Sample, ...]) -> Batch:
+        """`chosen` as a batch: the last one where it is the same, which costs nothing."""
+        if self.batch is not None and self.batch.samples == chosen:
+            return self.batch
+        self._scatter()
+        plans = {id(sample.plan): sample.plan for sample in chosen}
+        log_tilts = dict.fromkeys(sample.log_tilt for sample in chosen)
+        self.programme = replace(self.programme, plans=tuple(plans.values()), log_tilts=tuple(log_tilts))
+        of_plan, of_log_tilt = list(plans), list(log_tilts)
+        states = [
+            _placed(sample.state, plan=of_plan.index(id(sample.plan)), log_tilt=of_log_tilt.index(sample.log_tilt))
+            for sample in chosen
+        ]
+        self.batch = Batch(chosen, padded(states, self.bucket))
+        return self.batch
+
+    def _scatter(self) -> None:
+        """Give every sample of the batch its own slots back; there is no batch then."""
+        if self.batch is None:
+            return
+        for at, sample in enumerate(self.batch.samples):
+            own = take(self.batch.state, slice(at * self.particles, (at + 1) * self.particles))
+            sample.state = _placed(own, plan=0, log_tilt=0)
+        self.batch = None
+
+
+def _placed(state: SlotState, *, plan: int, log_tilt: int) -> SlotState:
+    """The slots with their place in a programme."""
+    num = len(state.row)
+    host = HostRows(plan=np.full(num, plan, np.int64), row=state.host.row, tilted=state.host.tilted)
+    return replace(
+        state,
+        plan=torch.full((num,), plan, dtype=torch.int64),
+        log_tilt=torch.full((num,), log_tilt, dtype=torch.int64),
+        host=host,
+    )

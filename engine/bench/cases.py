@@ -1,0 +1,311 @@
+"""The cases of `tiltscope bench`: what is timed, beside what baseline, after which check.
+
+    row          one guided row, gradient included: every runner beside plain diffusers + transformers + autograd
+    picture      a whole picture: the sampler beside a plain loop over the same table and the same noise
+    update       the fused update of a row alone: its implementations beside the definition
+    throughput   guided rows a second over the batch: where sharing stops paying
+    host         what the sampler costs around the networks: rows of a denoiser without cost
+    latent       one latent of the published convolutional autoencoder (768 -> 12,288, 7x7) beside its whole encoder; 2 GB
+
+Whatever is timed has first been held to the reference's numbers; what differs is reported and not timed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiltscope.engine.bench.machine import copy_gb_s, matmul_gflops
+from tiltscope.engine.bench.plain import PlainStep
+from tiltscope.engine.bench.timing import Timing, Way, interleave
+from tiltscope.engine.bundle import Bundle
+from tiltscope.engine.config import SampleConfig
+from tiltscope.engine.errors import ConfigError, RunnerError
+from tiltscope.engine.feature.poolings import pooling_tensors
+from tiltscope.engine.feature.readout import Readout, pool, read
+from tiltscope.engine.prior.prior import Prior
+from tiltscope.engine.runtime.step import Step, StepOutput, TorchStep
+from tiltscope.engine.sample import prepare
+from tiltscope.engine.sampler.noise import STREAM_START, STREAM_STEP, seed_key
+from tiltscope.engine.sampler.plan import GraphKind
+from tiltscope.engine.tilt.worlds import GaussianWorld
+from tiltscope.kernels.philox import normal
+
+# Relative, of D and of grad_a: float32 rounding through two networks, in another order of summation.
+GATES = {"x0_hat": 1e-4, "drive": 1e-4, "grad_a": 1e-3}
+# RMS over a picture, after so many guided rows that rounding has grown (design: 1e-3 across batch sizes).
+PICTURE_GATE = 1e-2
+# Relative: a sum over 37,632 products, in another order.
+LATENT_GATE = 1e-5
+LEVEL = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    bundle: Bundle
+    feature: str
+    runners: tuple[str, ...]
+    seconds: float
+    """of timing for each line"""
+    steps: int
+    """rows of the case picture"""
+    batches: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One way in one setting. faster: than the baseline, by p50; None for the baseline itself, and where nothing was timed.
+
+    refused: why it was not timed. more: other numbers by name, units in the name.
+    """
+
+    case: str
+    setting: str
+    way: str
+    timing: Timing | None
+    faster: float | None = None
+    refused: str | None = None
+    more: dict[str, float] = field(default_factory=dict[str, float])
+
+
+def lines(case: str, setting: str, ways: Mapping[str, Way], options: Options, **more: float) -> Iterator[Line]:
+    """Time the ways in turn; the first is the baseline."""
+    timings = interleave(ways, seconds=options.seconds)
+    base = next(iter(timings.values())).p50
+    for at, (way, timing) in enumerate(timings.items()):
+        yield Line(
+            case=case, setting=setting, way=way, timing=timing, faster=base / timing.p50 if at else None, more=more
+        )
+
+
+def row(options: Options) -> Iterator[Line]:
+    """One guided row."""
+    bundle, feature = options.bundle, options.bundle.feature(options.feature)
+    plain, reference = PlainStep(bundle, feature), TorchStep(bundle.prior, feature)
+    steps: dict[str, Step] = {runner: _step(bundle, options.feature, runner) for runner in options.runners}
+    peak = matmul_gflops()
+    for batch in options.batches:
+        x, sigma, alpha = _noisy(bundle.prior, batch)
+        readout = None if feature.readout is None else feature.readout.expand(batch)
+        guided = partial(reference.guided, x, sigma, alpha, readout)
+        all_ways = {"plain": partial(plain, x, LEVEL)} | {
+            runner: partial(step.guided, x, sigma, alpha, readout) for runner, step in steps.items()
+        }
+        expected, ways = guided(), dict[str, Way]()
+        for name, way in all_ways.items():
+            if (wrong := _difference(StepOutput(*way()), expected)) is not None:
+                yield Line(case="row", setting=f"batch {batch}", way=name, timing=None, refused=wrong)
+            else:
+                ways[name] = way
+        yield from lines("row", f"batch {batch}", ways, options, bound_ms=1e-6 * _flops(guided) / peak)
+
+
+def picture(options: Options) -> Iterator[Line]:
+    """A whole picture at one lambda: the same table, the same noise, the same picture."""
+    bundle, feature = options.bundle, options.bundle.feature(options.feature)
+    plain = PlainStep(bundle, feature)
+    config = SampleConfig(num=1, lam=0.5, steps=options.steps, solver="ddpm", grid="native", batch_size=1)
+    run = prepare(bundle.prior, feature, config)
+
+    runs = {runner: prepare(bundle.prior, feature, replace(config, runner=runner)) for runner in options.runners}
+    by_hand = partial(_plain_picture, plain, run.plan, bundle.prior, lam=0.5)
+    ways: dict[str, Way] = {"plain": by_hand}
+    expected = by_hand()
+    for runner, each in runs.items():
+        draw = partial(each.draw_bucket, np.array([0]))
+        rms = float((draw().x0 - expected).square().mean().sqrt())
+        if not rms <= PICTURE_GATE:
+            why = f"differs from the plain loop's picture by {rms:.1e} RMS, allowed {PICTURE_GATE:.0e}"
+            yield Line(case="picture", setting=f"{options.steps} rows", way=runner, timing=None, refused=why)
+        else:
+            ways[runner] = draw
+    yield from lines("picture", f"{options.steps} rows", ways, options)
+
+
+def update(options: Options) -> Iterator[Line]:
+    """The update of a row alone."""
+    from tiltscope.kernels.dispatch import IMPLEMENTATIONS, guided_step, require_implementation
+
+    shape, peak = options.bundle.prior.shape, copy_gb_s()
+    for batch in options.batches:
+        arguments = _update_arguments(batch, shape)
+        ways: dict[str, Way] = {}
+        for name in IMPLEMENTATIONS:
+            try:
+                require_implementation(name, torch.device("cpu"))
+            except RunnerError as error:
+                yield Line(case="update", setting=f"batch {batch}", way=name, timing=None, refused=str(error))
+                continue
+            ways[name] = partial(guided_step, **arguments, implementation=name)
+        moved = 6 * 4 * arguments["x"].numel()
+        yield from lines("update", f"batch {batch}", ways, options, bound_ms=1e-6 * moved / peak)
+
+
+def throughput(options: Options) -> Iterator[Line]:
+    """Guided rows a second over the batch, of the first runner asked for."""
+    bundle, feature = options.bundle, options.bundle.feature(options.feature)
+    runner = options.runners[0]
+    step = _step(bundle, options.feature, runner)
+    ways: dict[str, Way] = {}
+    sizes = (1, 2, 4, 8, 16, 32)
+    for batch in sizes:
+        x, sigma, alpha = _noisy(bundle.prior, batch)
+        readout = None if feature.readout is None else feature.readout.expand(batch)
+        ways[str(batch)] = partial(step.guided, x, sigma, alpha, readout)
+    timings = interleave(ways, seconds=options.seconds)
+    for batch in sizes:
+        timing = timings[str(batch)]
+        rate = 1e3 * batch / timing.p50
+        gain = rate / (1e3 / timings["1"].p50)
+        yield Line(
+            case="throughput",
+            setting=f"batch {batch}",
+            way=runner,
+            timing=timing,
+            faster=gain if batch > 1 else None,
+            more={"sample_rows_a_second": rate},
+        )
+
+
+def host(options: Options) -> Iterator[Line]:
+    """The sampler's own work: 50 rows of a denoiser and a feature that cost nothing, microseconds a row."""
+    world = GaussianWorld(s=1.3, shape=options.bundle.prior.shape)
+    prior = Prior(lambda x, sigma: x, shape=world.shape, name="no cost")
+    rows = 50
+    for batch in options.batches:
+        config = SampleConfig(num=batch, lam=0.0, steps=rows, batch_size=batch)
+        run = prepare(prior, world.feature, config)
+        draw = partial(run.draw_bucket, np.arange(batch))
+        timing = interleave({"torch": draw}, seconds=options.seconds)["torch"]
+        yield Line(
+            case="host",
+            setting=f"batch {batch}",
+            way="torch",
+            timing=timing,
+            more={"us_a_row": 1e3 * timing.p50 / rows},
+        )
+
+
+# The published autoencoder (method 2): its width, its latents, its window, and the grid it reads.
+PUBLISHED_ENCODER = (768, 12288, 7, 16)
+
+
+def latent(options: Options, encoder: tuple[int, int, int, int] = PUBLISHED_ENCODER) -> Iterator[Line]:
+    """One latent's activation and its gradient with respect to the tokens: its own row, or the encoder whole."""
+    width, latents, window, grid = encoder
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, grid * grid, width, generator=generator, requires_grad=True)
+    weight = torch.randn(latents, width, window, window, generator=generator) / (width**0.5 * window)
+    bias, chosen = torch.zeros(latents), latents // 3
+    mixture, mask = pooling_tensors("centre", grid=(grid, grid), num_prefix_tokens=0)
+    own = Readout(
+        direction=weight[None, chosen : chosen + 1],
+        bias=bias[None, chosen : chosen + 1],
+        threshold=torch.zeros(1, 1),
+        weight=torch.ones(1, 1),
+        pooling=mixture.expand(1, 1, 3),
+        mask=mask.view(1, 1, grid, grid),
+    )
+
+    def whole() -> tuple[Tensor, Tensor]:
+        picture = tokens.transpose(1, 2).unflatten(2, (grid, grid))
+        every = F.conv2d(picture, weight, bias, padding=window // 2).relu()
+        a = pool(every[:, chosen].flatten(1)[:, None], own.pooling, mask.view(1, 1, -1))[:, 0]
+        return a.detach(), torch.autograd.grad(a.sum(), tokens)[0]
+
+    def row() -> tuple[Tensor, Tensor]:
+        a = read(tokens, own)[0]
+        return a.detach(), torch.autograd.grad(a.sum(), tokens)[0]
+
+    setting = f"{width} -> {latents}, {window}x{window}, {grid}x{grid}"
+    for name, got, wanted in zip(("activation", "gradient"), row(), whole(), strict=True):
+        error = float((got - wanted).norm() / wanted.norm())
+        if not error <= LATENT_GATE:
+            why = f"{name} differs from the whole encoder's by {error:.1e}, allowed {LATENT_GATE:.0e}"
+            yield Line(case="latent", setting=setting, way="row", timing=None, refused=why)
+            return
+    yield from lines("latent", setting, {"encoder": whole, "row": row}, options)
+
+
+CASES: dict[str, Callable[[Options], Iterator[Line]]] = {
+    "row": row,
+    "picture": picture,
+    "update": update,
+    "throughput": throughput,
+    "host": host,
+    "latent": latent,
+}
+
+
+def _step(bundle: Bundle, feature: str, runner: str) -> Step:
+    run = prepare(bundle.prior, bundle.feature(feature), SampleConfig(lam=0.5, runner=runner))
+    return run.programme.step
+
+
+def _noisy(prior: Prior, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, sigma, alpha at the native level LEVEL."""
+    if prior.levels is None:
+        raise ConfigError("bench: this prior has no levels of its own, so there is no plain baseline for it")
+    sigma = torch.full((batch,), float(prior.levels[::-1][LEVEL]), dtype=torch.float64)
+    zeros = torch.zeros(batch, dtype=torch.int64)
+    key = torch.tensor([seed_key(0)]).expand(batch, 2)
+    x = normal(key, torch.arange(batch), zeros, zeros, stream=STREAM_START, shape=prior.shape, dtype=torch.float32)
+    return x, sigma, (1 - sigma**2).sqrt()
+
+
+def _difference(output: StepOutput, expected: StepOutput) -> str | None:
+    for name, allowed in GATES.items():
+        got, wanted = getattr(output, name), getattr(expected, name)
+        error = float((got - wanted).norm() / wanted.norm())
+        if not error <= allowed:
+            return f"{name} differs from the reference by {error:.1e}, allowed {allowed:.0e}"
+    return None
+
+
+def _flops(way: Way) -> int:
+    """Floating-point operations of products and convolutions in one call, counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        way()
+    return counter.get_total_flops()
+
+
+def _plain_picture(plain: PlainStep, plan: Any, prior: Prior, *, lam: float) -> Tensor:
+    """The loop one would write: x <- a x + b D + e lam grad_a + c z over the table's rows, noise by the engine's definition."""
+    key, zero = torch.tensor([seed_key(0)]), torch.zeros(1, dtype=torch.int64)
+    x = normal(key, zero, zero, zero, stream=STREAM_START, shape=prior.shape, dtype=torch.float32)
+    columns = {name: plan.column(name) for name in ("sigma", "a", "b", "c", "e")}
+    for at in range(plan.num_rows):
+        level = int((plain.sigmas - columns["sigma"][at]).abs().argmin())
+        x0_hat, _, _, grad_a = plain(x, level)
+        push = columns["e"][at] * lam * grad_a if plan.kind[at] == GraphKind.GUIDED else 0.0
+        row = torch.tensor([at])
+        z = normal(key, zero, row, zero, stream=STREAM_STEP, shape=prior.shape, dtype=torch.float32)
+        x = columns["a"][at] * x + columns["b"][at] * x0_hat + push + columns["c"][at] * z
+    return x.float()
+
+
+def _update_arguments(batch: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    pictures = (torch.randn(batch, *shape, generator=generator) for _ in range(4))
+    whole, ones = torch.zeros(batch, dtype=torch.int64), torch.ones(batch)
+    return {
+        **dict(zip(("x", "x0_hat", "grad_a", "history"), pictures, strict=True)),
+        "table": torch.full((1, 2, 11), 0.3),
+        "num_rows": torch.tensor([2]),
+        "plan": whole,
+        "row": whole,
+        "ok": ones.bool(),
+        "drive": ones,
+        "strength": ones,
+        "guided": ones.bool(),
+        "key": torch.tensor([seed_key(0)]).expand(batch, 2).contiguous(),
+        "index": torch.arange(batch),
+        "particle": whole,
+    }

@@ -1,0 +1,76 @@
+"""A trunk behind what makes pictures of samples: a decoder of latents, a change of size, or both. To the rest it is a trunk.
+
+    tokens = trunk(resize(decode(x0)))
+
+So one graph holds denoiser, decoder and trunk, and the gradient goes through all three. Knows tensors; must not know files.
+"""
+
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tiltscope.engine.errors import ConfigError
+from tiltscope.engine.feature.hooked import CPU, Trunk
+from tiltscope.engine.feature.resize import resize, resize_matrix
+from tiltscope.engine.prior.decoder import Decoder
+
+
+class DecodedTrunk(Trunk):
+    """`trunk` for samples of `shape`: latents where there is a decoder, else pictures of another size than the trunk's."""
+
+    def __init__(self, trunk: Trunk, *, shape: tuple[int, ...], decoder: Decoder | None = None) -> None:
+        super().__init__(
+            trunk.hook,
+            width=trunk.width,
+            grid=trunk.grid,
+            num_prefix_tokens=trunk.num_prefix_tokens,
+            image_size=trunk.image_size,
+            mean=(0.0, 0.0, 0.0),
+            std=(1.0, 1.0, 1.0),
+        )
+        self.trunk, self.decoder = trunk, decoder
+        self.shape = shape
+        self.from_size = (decoder.picture_shape if decoder is not None else shape)[1:]
+        self._set_tables(torch.float32)
+
+    def _set_tables(self, dtype: torch.dtype) -> None:
+        super()._set_tables(dtype)
+        (h, w), (rows, columns) = self.from_size, self.image_size
+        with torch.device("cpu"):
+            self.rows = nn.Buffer(resize_matrix(h, rows, dtype), persistent=False)
+            self.columns = nn.Buffer(resize_matrix(w, columns, dtype), persistent=False)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def forward(self, x0: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch tokens width"]:
+        """Raises ConfigError for samples of another shape."""
+        if x0.shape[1:] != self.shape:
+            raise ConfigError(
+                f"the trunk reads samples [batch, {', '.join(map(str, self.shape))}]; got {list(x0.shape)}"
+            )
+        picture = x0.to(self.dtype) if self.decoder is None else self.decoder(x0)
+        if self.from_size != self.image_size:
+            picture = resize(picture, self.rows, self.columns)
+        return self.trunk(picture)
+
+    def rescaled(self) -> "DecodedTrunk":
+        return DecodedTrunk(self.trunk.rescaled(), shape=self.shape, decoder=self.decoder)
+
+    def in_dtype(self, dtype: torch.dtype, device: torch.device = CPU) -> "DecodedTrunk":
+        self._siblings.setdefault((self.dtype, self.device), self)
+        wanted = (dtype, device)
+        if wanted not in self._siblings:
+            source = self._siblings[torch.float32, CPU]
+            sibling = DecodedTrunk(
+                source.trunk.in_dtype(dtype, device),
+                shape=source.shape,
+                decoder=None if source.decoder is None else source.decoder.in_dtype(dtype, device),
+            )
+            sibling._set_tables(dtype)
+            sibling._siblings = source._siblings
+            self._siblings[wanted] = cast(DecodedTrunk, sibling.to(device))
+        return self._siblings[wanted]

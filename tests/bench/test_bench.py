@@ -1,0 +1,111 @@
+"""What is timed was checked first, ways take turns, and the plain baseline computes the engine's own numbers."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiltscope
+from tiltscope.engine.bench import cases
+from tiltscope.engine.bench.plain import PlainStep
+from tiltscope.engine.bench.timing import interleave
+from tiltscope.engine.cli.main import run
+from tiltscope.engine.errors import ConfigError
+from tiltscope.engine.feature.readout import read
+from tiltscope.engine.runtime.step import TorchStep
+
+FEATURE = "blocks.1:sae:3"
+
+
+@pytest.fixture(scope="module")
+def options(tiny_bundle):
+    return cases.Options(
+        bundle=tiltscope.load(tiny_bundle),
+        feature=FEATURE,
+        runners=("torch",),
+        seconds=0.01,
+        steps=3,
+        batches=(2,),
+    )
+
+
+def test_ways_take_turns_in_alternating_order_after_one_call_each():
+    called = []
+    found = interleave({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, seconds=0)
+    assert "".join(called) == "ab" + "ab" + "ba" + "ab" + "ba" + "ab"
+    assert found["a"].turns == found["b"].turns == 5
+    assert found["a"].p20 <= found["a"].p50 <= found["a"].p80
+
+
+def test_the_plain_baseline_computes_what_the_engine_does(options):
+    feature = options.bundle.feature(FEATURE)
+    x, sigma, alpha = cases._noisy(options.bundle.prior, 3)
+    mine = TorchStep(options.bundle.prior, feature).guided(x, sigma, alpha, feature.readout.expand(3))
+    for got, wanted in zip(PlainStep(options.bundle, feature)(x, cases.LEVEL), mine, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooled", ["blocks.1:sae:3@max", "blocks.1:neuron:3"])
+def test_the_plain_baseline_refuses_what_it_was_not_written_for(options, pooled):
+    with pytest.raises(ConfigError, match="pooled over the centre"):
+        PlainStep(options.bundle, options.bundle.feature(pooled))
+
+
+@pytest.mark.parametrize("case", ["row", "picture", "host"])
+def test_a_case_times_every_way_beside_its_baseline(options, case):
+    lines = list(cases.CASES[case](options))
+    assert all(line.timing is not None and line.timing.turns >= 5 for line in lines)
+    ways = [line.way for line in lines]
+    assert ways == (["torch"] if case == "host" else ["plain", "torch"])
+    if case != "host":
+        assert lines[0].faster is None
+        assert lines[1].faster == lines[0].timing.p50 / lines[1].timing.p50
+
+
+def test_one_row_of_a_convolutional_encoder_is_its_latent(options):
+    lines = list(cases.latent(options, encoder=(8, 24, 3, 6)))
+    assert [line.way for line in lines] == ["encoder", "row"]
+    assert lines[1].refused is None
+
+
+def test_another_row_than_the_encoders_is_not_timed(options, monkeypatch):
+    monkeypatch.setattr(cases, "read", lambda tokens, own: (1.001 * read(tokens, own)[0], None))
+    (line,) = cases.latent(options, encoder=(8, 24, 3, 6))
+    assert "activation differs" in line.refused
+
+
+def test_what_differs_from_the_reference_is_not_timed(options, monkeypatch):
+    class Off(PlainStep):
+        def __call__(self, x, level):
+            x0_hat, activation, drive, grad_a = super().__call__(x, level)
+            return x0_hat, activation, drive, 1.01 * grad_a
+
+    monkeypatch.setattr(cases, "PlainStep", Off)
+    refused = next(cases.row(options))
+    assert refused.timing is None
+    assert "grad_a differs from the reference by 1.0e-02" in refused.refused
+
+
+def test_the_command_prints_one_json_object_and_appends_it(tiny_bundle, tmp_path, capsys):
+    words = ["bench", "host", "--batch", "1", "--seconds", "0.01", "--bundle", str(tiny_bundle), "--quiet"]
+    assert run([*words, "--json", "--out", str(tmp_path / "kept.jsonl")]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    kept = json.loads((tmp_path / "kept.jsonl").read_text())
+    assert shown["lines"] == kept["lines"]
+    assert shown["lines"][0]["more"]["us_a_row"] > 0
+    assert kept["machine"]["processors"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["nonsense"], "got nonsense, allowed are row"), (["host", "--batch", "0"], "allowed are numbers from 1")],
+)
+def test_wrong_requests_exit_with_two(words, said, capsys):
+    assert run(["bench", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_batches_of_the_options_decide_the_settings(options):
+    lines = list(cases.host(replace(options, batches=(1, 3))))
+    assert [line.setting for line in lines] == ["batch 1", "batch 3"]

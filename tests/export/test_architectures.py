@@ -1,0 +1,155 @@
+"""Every architecture, exported: ONNX Runtime against eager autograd at other batches, noise levels and readouts than were traced.
+
+One file serves three features of a hook and a signed sum of them, whatever is behind the hook.
+"""
+
+import os
+
+import pytest
+import torch
+from tiny_models import write_convnext, write_dit, write_kl, write_tiny_autoencoder, write_unet, write_vit
+
+from tiltscope.engine.feature.decoded import DecodedTrunk
+from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.feature.readout import Readout
+from tiltscope.engine.feature.sae import SparseAutoencoder
+from tiltscope.engine.feature.trunk import load_trunk
+from tiltscope.engine.prior.decoder import load_decoder
+from tiltscope.engine.prior.load import load_denoiser
+from tiltscope.engine.prior.prior import Prior
+from tiltscope.engine.runtime import onnx_step
+from tiltscope.engine.runtime.exported import ExportedStep, GraphFiles
+from tiltscope.engine.runtime.step import TorchStep
+from tiltscope.export.onnx import examples, write_onnx
+from tiltscope.export.trace import StepNetworks, trace
+
+# Of an output's largest value: float32 through a few dozen layers and back; a wrong graph is off by 1e-2 and more.
+WITHIN = 1e-5
+PICTURE, LATENT = (3, 64, 64), (4, 8, 8)
+
+
+def adm(folder):
+    write_unet(folder)
+    return "diffusers_unet2d", PICTURE
+
+
+def edm(folder):
+    from diffusers import EDMEulerScheduler
+
+    write_unet(folder, EDMEulerScheduler(), out_channels=3)
+    return "diffusers_unet2d", PICTURE
+
+
+def dit(folder):
+    write_dit(folder)
+    return "diffusers_dit", LATENT
+
+
+def flow(folder):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    write_dit(folder, FlowMatchEulerDiscreteScheduler())
+    return "diffusers_dit", LATENT
+
+
+# name -> (prior, trunk, hook, window of the autoencoder, decoder); the first two are the published set-up and a latent one.
+CASES = {
+    "ADM, ConvNeXt, convolutional SAE": (adm, write_convnext, "stages.2.1", (7, 7), None),
+    "DiT, KL decoder, ViT": (dit, write_vit, "blocks.2", (), write_kl),
+    "SiT, tiny decoder, ConvNeXt": (flow, write_convnext, "stages.1.1", (3, 3), write_tiny_autoencoder),
+    "EDM, ViT with a gated MLP at norm": (
+        edm,
+        lambda f: write_vit(f, use_gated_mlp=True, hidden_act="silu"),
+        "norm",
+        (),
+        None,
+    ),
+    "ADM, ConvNeXt at norm": (adm, write_convnext, "norm", (), None),
+}
+FAST = tuple(CASES)[:2]
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def build(case, folder):
+    """(prior, three features of one hook)."""
+    write_prior, write_trunk, hook, window, write_decoder = CASES[case]
+    kind, shape = write_prior(folder / "prior")
+    write_trunk(folder / "trunk")
+    decoder = None
+    if write_decoder is not None:
+        write_decoder(folder / "decoder")
+        decoder = load_decoder(folder / "decoder", shape=shape)
+    prior = Prior.from_network(
+        load_denoiser(folder / "prior", kind=kind, shape=shape),
+        shape=shape,
+        name="p",
+        identity="sha256:0",
+        decoder=decoder,
+    )
+    trunk = load_trunk(folder / "trunk", hook, image_size=(32, 32) if decoder else (64, 64))
+    if decoder is not None:
+        trunk = DecodedTrunk(trunk, shape=shape, decoder=decoder)
+    if window:
+        trunk = trunk.rescaled()
+    size = torch.Size((trunk.width, *window)).numel()
+    sae = SparseAutoencoder(
+        numbers(6, trunk.width, *window) / size**0.5, 0.1 * numbers(6, seed=1), 0.1 * numbers(6, seed=2).abs()
+    )
+    poolings = ("centre", "max", "lse")
+    return prior, [
+        Feature.from_readout(trunk, sae.readout(slice(k, k + 1), trunk, pooling=poolings[k]), name=f"latent {k}")
+        for k in range(3)
+    ]
+
+
+@pytest.fixture(
+    scope="module", params=[each if each in FAST else pytest.param(each, marks=pytest.mark.slow) for each in CASES]
+)
+def exported(request, tmp_path_factory):
+    """(prior, features, a step from ONNX files), every graph traced with the first feature at a batch of two."""
+    folder = tmp_path_factory.mktemp("architecture")
+    prior, features = build(request.param, folder)
+    networks = StepNetworks(prior.network, features[0].trunk)
+    names = ("unguided", "guided", "gradient") if request.param in FAST and "SLOW" not in os.environ else None
+    for name, example in examples(prior, features[0]).items():
+        if names is None or name in names:
+            write_onnx(trace(networks, name, example), name, example, folder / f"{name}.onnx", {})
+    return prior, features, ExportedStep("onnx", prior.network, GraphFiles(folder, onnx_step.open_graph)), folder
+
+
+def inputs(prior, num):
+    sigma = torch.linspace(0.05, 0.995, num, dtype=torch.float64) if num > 1 else torch.tensor([0.6]).double()
+    return numbers(num, *prior.shape, seed=num), sigma, torch.sqrt(1 - sigma**2)
+
+
+def close(found, expected):
+    for each, wanted in zip(found, expected, strict=True):
+        assert type(wanted) is torch.Tensor  # nothing of a trace leaked into the reference
+        assert float(wanted.abs().max()) > 0
+        torch.testing.assert_close(each, wanted, rtol=0, atol=WITHIN * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("num", [1, 3, 8])
+def test_onnx_runtime_is_eager_autograd(exported, num):
+    prior, features, step, folder = exported
+    x, sigma, alpha = inputs(prior, num)
+    total = features[0] * 2.0 - features[2]
+    readout = Readout.stack([features[at % 3].readout for at in range(num - 1)] + [total.readout])
+    reference = TorchStep(prior, features[0])
+    close(step.guided(x, sigma, alpha, readout), reference.guided(x, sigma, alpha, readout))
+    close([step.unguided(x, sigma, alpha)], [reference.unguided(x, sigma, alpha)])
+    close(step.gradient(x, readout), reference.gradient(x, readout))
+    if (folder / "measure.onnx").exists():
+        close(step.measure(x, readout), reference.measure(x, readout))
+        (mean, pull), (expected_mean, expected_pull) = (each.linearise(x, sigma) for each in (step, reference))
+        close([mean, pull(x.flip(0))], [expected_mean, expected_pull(x.flip(0))])
+
+
+def test_no_transposed_convolution_and_no_scatter_is_left(exported):
+    """What engines refuse: the operators that stock decompositions bring in."""
+    onnx = pytest.importorskip("onnx")
+    found = {node.op_type for path in exported[3].glob("*.onnx") for node in onnx.load(path).graph.node}
+    assert not found & {"ConvTranspose", "ScatterND", "ScatterElements", "Resize", "If", "Loop", "RandomNormal"}

@@ -1,0 +1,165 @@
+"""Tiny networks with random weights, each saved in its real format by the library that owns it: what the loaders are held to.
+
+Each `write_*` fills a folder and returns the library's own model, whose forward is the reference.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIDE = 64
+
+
+def fill(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter random and of order one: a library's own start (0.02, or zeros) would hide a wrong layer."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim < 2 and ("norm" in name or name.endswith(("gamma", "lambda1"))) and not name.endswith("bias"):
+                p.copy_(1 + 0.2 * noise)
+            elif p.ndim < 2:
+                p.copy_(0.1 * noise)
+            else:
+                p.copy_(noise * (1.5 / p[0].numel()) ** 0.5)
+    return module.eval().requires_grad_(False)
+
+
+def pictures(num: int = 3, side: int = SIDE, seed: int = 1, channels: int = 3) -> Tensor:
+    """Beyond [-1, 1] too, as estimates are."""
+    return 2.4 * torch.rand(num, channels, side, side, generator=torch.Generator().manual_seed(seed)) - 1.2
+
+
+def _made(kind: Any, *args: Any, **values: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        return kind(*args, **values)
+
+
+def write_preprocessor(folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+
+
+CONVNEXT = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 2, 3, 1], "image_size": SIDE}
+
+
+def write_convnext(folder: Path, **changes: Any) -> Any:
+    from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel
+
+    model = fill(_made(DINOv3ConvNextModel, DINOv3ConvNextConfig(**(CONVNEXT | changes))))
+    model.save_pretrained(folder)
+    write_preprocessor(folder)
+    return model
+
+
+VIT = {
+    "image_size": SIDE,
+    "patch_size": 16,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_register_tokens": 4,
+}
+
+
+def write_vit(folder: Path, **changes: Any) -> Any:
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    model = fill(_made(DINOv3ViTModel, DINOv3ViTConfig(**(VIT | changes))))
+    model.save_pretrained(folder)
+    write_preprocessor(folder)
+    return model
+
+
+# ADM's form: residual blocks that scale and shift by time and resample themselves, attention inside, twice the channels out.
+ADM = {
+    "sample_size": SIDE,
+    "in_channels": 3,
+    "out_channels": 6,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "resnet_time_scale_shift": "scale_shift",
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+}
+LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+
+
+def write_unet(folder: Path, scheduler: Any = None, **changes: Any) -> Any:
+    """A UNet2DModel, ADM's unless told otherwise, and its scheduler (default: ADM's)."""
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    model = fill(_made(UNet2DModel, **(ADM | changes)))
+    model.save_pretrained(folder)
+    (scheduler or DDPMScheduler(**LINEAR, variance_type="learned_range")).save_pretrained(folder)
+    return model
+
+
+DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 10,
+}
+
+
+def write_dit(folder: Path, scheduler: Any = None, **changes: Any) -> Any:
+    """A DiTTransformer2DModel and its scheduler (default: DiT's own, DDIM on a linear schedule)."""
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+    model = fill(_made(DiTTransformer2DModel, **(DIT | changes)))
+    model.save_pretrained(folder)
+    (scheduler or DDIMScheduler(**LINEAR)).save_pretrained(folder)
+    return model
+
+
+KL = {
+    "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+    "block_out_channels": (8, 12),
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "scaling_factor": 0.18215,
+}
+
+
+def write_kl(folder: Path, **changes: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    model = fill(_made(AutoencoderKL, **(KL | changes)))
+    model.save_pretrained(folder)
+    return model
+
+
+TINY_AUTOENCODER = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+}
+
+
+def write_tiny_autoencoder(folder: Path, **changes: Any) -> Any:
+    from diffusers import AutoencoderTiny
+
+    model = fill(_made(AutoencoderTiny, **(TINY_AUTOENCODER | changes)))
+    model.save_pretrained(folder)
+    return model
+
+
+def normalised(x0: Tensor) -> Tensor:
+    """What transformers' models take."""
+    mean, std = (torch.tensor(v, dtype=x0.dtype).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return ((x0 + 1) / 2 - mean) / std
