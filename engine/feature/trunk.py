@@ -21,7 +21,6 @@ from tiltscope.engine.weights import assign_weights
 
 CONFIG, WEIGHTS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 FILES = (CONFIG, WEIGHTS, PREPROCESSOR)
-CPU = torch.device("cpu")
 
 
 class TruncatedViT(Trunk):
