@@ -291,7 +291,7 @@ def bench_pictures(at: Place) -> list[dict[str, Any]]:
     indices = np.arange(batch)
     error = float((run.draw_bucket(indices).x0 - graphed.draw_bucket(indices).x0).abs().max())
     _reset_peak(at)
-    fewer = replace(at, repeats=max(2, at.repeats // 10))
+    fewer = replace(at, repeats=max(1, at.repeats // 10))
     times = alternate(fewer, {"graph": lambda: graphed.draw_bucket(indices), "eager": lambda: run.draw_bucket(indices)})
     return [{"case": f"{batch} pictures", "times": times, "peak_mib": _peak_mib(at), "max_difference": error}]
 
