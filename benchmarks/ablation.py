@@ -81,10 +81,9 @@ def stages(bundle: tiltscope.Bundle, config: Config) -> Iterator[Stage]:
     found: dict[str, Stage] = {}
     for name, settings in list(STAGES.items())[1:]:
         inquiry = asked(settings)
-        natural = float(inquiry.run.programme.log_tilts[0].phi(inquiry.natural).mean())
         constant = inquiry.config.guidance == "constant"
         start = replace(inquiry.run, lam=FIRST_SCALE) if constant else inquiry.run
-        found[name] = Stage(name, inquiry, calibrate_on_sampler(start, target, natural))
+        found[name] = Stage(name, inquiry, calibrate_on_sampler(start, target))
         print(f"{name}: strength {found[name].run.lam:.4g}", flush=True)
     inquiry = asked(PUBLISHED)
     # A thousand rows are too dear for an ascent of their own: their scale starts at what a hundred rows need.

@@ -36,8 +36,7 @@ class Config:
 def check(bundle: tiltscope.Bundle, feature: str, config: Config) -> dict[str, Any]:
     """One feature: what was promised, and what fresh pictures give."""
     inquiry = inquire(bundle, feature, ExplainConfig())
-    natural = float(inquiry.run.programme.log_tilts[0].phi(inquiry.natural).mean())
-    run = calibrate_on_sampler(inquiry.run, inquiry.target, natural)
+    run = calibrate_on_sampler(inquiry.run, inquiry.target)
     run = replace(run, config=replace(run.config, num=config.num, seed=config.seed))
     samples = join(run.draw())
     activation = samples.activation[samples.ok].double()

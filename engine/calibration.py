@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import CalibrationError
 from tiltscope.engine.report.atomic import write_bytes
-from tiltscope.engine.runtime.artefact import cache_folder
+from tiltscope.engine.runtime.cache import cache_folder
 from tiltscope.engine.sample import Run
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.tilt.ascent import Ascent, Draw, ascend
@@ -30,19 +30,22 @@ FIRST_INDEX = CALIBRATION_INDEX + 2**20
 _FREE = ("num", "batch_size", "seed", "indices", "lam", "target_activation", "calibration", "beyond_pool", "graphs")
 
 
-def calibrate_on_sampler(run: Run, target: float, natural_mean: float) -> Run:
+def calibrate_on_sampler(run: Run, target: float) -> Run:
     """`run` with the lambda at which its own sampler's mean of phi(a) is `target`, found from `calibration_num` draws.
 
-    The lambda of `run`, from the pool, is where the ascent starts. natural_mean: E[phi] without a tilt. Raises CalibrationError
-    where the sampler does not reach the target.
+    The lambda of `run`, from its natural activations, is where the ascent starts. Raises CalibrationError where the sampler does
+    not reach the target, and for a run that has several lambdas or no natural activations.
     """
     if isinstance(run.lam, dict):
         raise CalibrationError("lam: one a sample was given; there is nothing to calibrate")
+    if run.natural is None:
+        raise CalibrationError("calibration: natural activations say where to start, and this run has none")
     key = calibration_key(run, target)
     kept = cache_folder("calibrations") / f"{key}.json"
     ascent = _remembered(run, key, kept)
     if ascent is None:
         num = run.config.calibration_num
+        natural_mean = float(run.programme.log_tilts[0].phi(run.natural).mean())
         try:
             ascent = ascend(_sampler(run), target, start=run.lam, natural_mean=natural_mean, num=num)
         except CalibrationError as error:

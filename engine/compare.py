@@ -148,9 +148,8 @@ def compare(
 
 def _sampler(inquiry: Inquiry, config: CompareConfig) -> tuple[Method, list[Point]]:
     name, run = method_name(inquiry.config), inquiry.run
-    natural_phi = run.programme.log_tilts[0].phi(inquiry.natural)
     try:
-        run = calibrate_on_sampler(run, inquiry.target, float(natural_phi.mean()))
+        run = calibrate_on_sampler(run, inquiry.target)
     except CalibrationError as error:
         return _without(name, str(error)), []
     lam = run.lam if isinstance(run.lam, float) else math.nan

@@ -116,7 +116,9 @@ class SampleConfig(Settings):
     beyond_pool: bool = False
     """allow targets that natural pictures cannot carry; needs --calibration sampler"""
     runner: str = "torch"
-    """torch | onnx | openvino (built on first use)"""
+    """torch | compile | onnx | openvino | tensorrt | tensorrt_rtx (built on first use)"""
+    allow_parity_failure: bool = False
+    """run a step that its self-test refused; logged, and stamped in the manifest"""
     kernels: str = "reference"
     """reference (plain torch) | compiled (by torch.compile) | triton (a CUDA device): what moves and resamples the slots"""
     device: str = "cpu"
@@ -140,8 +142,9 @@ class SampleConfig(Settings):
             _whole("batch_size", self.batch_size, 1, MAX_BATCH)
         if self.target_activation is not None:
             self._set(target_activation=_finite("target_activation", self.target_activation))
-        if type(self.beyond_pool) is not bool:
-            raise ConfigError(f"beyond_pool: got {self.beyond_pool!r}, allowed are true and false")
+        for name in ("beyond_pool", "allow_parity_failure"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, allowed are true and false")
         if self.beyond_pool and self.calibration != "sampler":
             raise ConfigError(
                 "beyond_pool: only the sampler itself can say what lies there; give calibration sampler too"

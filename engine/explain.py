@@ -197,8 +197,7 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart |
     notes: dict[str, str] = {}
     if inquiry.config.calibration == "sampler" and inquiry.config.lam is None and run.lam != 0:
         with watch("calibration"):
-            natural_mean = float(run.programme.log_tilts[0].phi(natural).mean())
-            run = calibrate_on_sampler(run, inquiry.target, natural_mean)
+            run = calibrate_on_sampler(run, inquiry.target)
         inquiry = replace(inquiry, run=run)
     with watch("tilt"):
         tilt, evidence = run.with_evidence(join(run.draw(on_step=on_step)))

@@ -23,8 +23,7 @@ from tiltscope.engine.feature.feature import Feature, check_activation
 from tiltscope.engine.prior.prior import CPU, Prior, check_denoise
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.runtime.graphs import CudaGraphs
-from tiltscope.engine.runtime.runners import step_for
-from tiltscope.engine.runtime.step import Step
+from tiltscope.engine.runtime.runners import Gated, step_for
 from tiltscope.engine.sampler.lifts import LIFTS, Lift
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.sampler.particles import proposal_plan, settle
@@ -63,6 +62,7 @@ class Run:
     natural: activations of natural pictures, None where lam was given and prior and feature share no pool; `source` says
     whose they are. estimate: KL, log Z and ESS of the tilt that `natural` gives for what was asked, None without `natural`,
     beyond its reach, or where lam differs between samples. ascent: how lam was found on the sampler, None where it was not.
+    gated: the step as its self-test left it.
     graphed: what replays the ticks, None where they run eagerly. calls: the fused operations that have run, by implementation.
     """
 
@@ -76,6 +76,7 @@ class Run:
     estimate: Calibration | None
     seconds: dict[str, float]
     ascent: Ascent | None = None
+    gated: Gated | None = None
     graphed: GraphedTicks | None = None
     calls: Calls = field(default_factory=Calls)
 
@@ -241,6 +242,7 @@ class Run:
             "ascent": None if self.ascent is None else self.ascent.to_json(),
             **sourced,
             "runner": self.programme.step.name,
+            "parity": None if self.gated is None else {"errors": self.gated.parity, "failure": self.gated.failure},
             "kernels": self.programme.kernels,
             "device": str(self.programme.device),
             **self.what_ran(),
@@ -282,6 +284,7 @@ def sample(
     calibration_num: int = 256,
     beyond_pool: bool = False,
     runner: str = "torch",
+    allow_parity_failure: bool = False,
     kernels: str = "reference",
     device: str = "cpu",
     graphs: str = "auto",
@@ -327,6 +330,7 @@ def sample(
         calibration_num=calibration_num,
         beyond_pool=beyond_pool,
         runner=runner,
+        allow_parity_failure=allow_parity_failure,
         kernels=kernels,
         device=device,
         graphs=graphs,
@@ -342,10 +346,10 @@ def sample(
     return replace(samples, manifest=complete(facts))
 
 
-def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, step: Step | None = None) -> Run:
+def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, gated: Gated | None = None) -> Run:
     """Check the request against prior and feature, fill the plan, find lambda. Raises as sample() does.
 
-    step: what runs this prior and feature, from who has it already; neither network is tried then.
+    gated: what runs this prior and feature, from who has it already; neither network is tried then.
     """
     config = config.resolved()
     if config.lam is None and config.target_activation is None:
@@ -353,12 +357,12 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, step: Step 
             "lam and target_activation: got neither; give the tilt's lambda, or the mean activation wanted"
         )
     dtype = DTYPES[config.dtype]
-    device, kernels = _placed(config)
+    device, kernels = device_and_kernels(config)
     prior, feature = prior.to(dtype, device), feature.to(dtype, device)
-    if step is None:
+    if gated is None:
         check_denoise(prior, dtype, guided=config.lam != 0)
         check_activation(feature, prior.shape, dtype)
-        step = step_for(config.runner, prior, feature, dtype)
+        gated = step_for(config.runner, prior, feature, dtype, allow_parity_failure=config.allow_parity_failure)
     plan = make_plan(
         config.solver,
         steps=config.steps or 0,
@@ -381,7 +385,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, step: Step 
     programme = Programme(
         plans=(plan,),
         log_tilts=(log_tilt,),
-        step=step,
+        step=gated.step,
         lift=lift,
         shape=prior.shape,
         dtype=dtype,
@@ -406,11 +410,12 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, step: Step 
         source=source,
         estimate=estimate,
         seconds={"calibration": time.perf_counter() - started},
+        gated=gated,
         graphed=GraphedTicks(CudaGraphs()) if config.graphs == "auto" and device.type == "cuda" else None,
     )
 
 
-def _placed(config: SampleConfig) -> tuple[torch.device, Implementation]:
+def device_and_kernels(config: SampleConfig) -> tuple[torch.device, Implementation]:
     """The device and the kernels asked for. Raises RunnerError where there is none, or where the kernels cannot run on it."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise RunnerError(f"device: got cuda, but torch {torch.__version__} sees no CUDA device; use device cpu")
@@ -441,7 +446,7 @@ def calibrated(run: Run) -> Run:
     if run.config.calibration != "sampler" or target is None or natural is None:
         return run
     started = time.perf_counter()
-    found = calibrate_on_sampler(run, target, float(run.programme.log_tilts[0].phi(natural).mean()))
+    found = calibrate_on_sampler(run, target)
     return replace(found, seconds=run.seconds | {"calibration": time.perf_counter() - started})
 
 

@@ -4,6 +4,8 @@
                                          (whose bf16 form does not build in TensorRT-RTX); a patch embedding is one product
     average pool, backward               that of a depthwise convolution with equal weights
     nearest upsampling                   expand and reshape, whose derivative is a plain sum; stock: index_put with "add"
+    slice and select, backward           zeros around the gradient; stock: a scatter into zeros
+    group norm and its backward          over [batch, group, rest]; stock, traced on a CPU: as_strided with a batch in its sizes
 
 Each is held to autograd in float64 by tests/export/test_decompositions.py. Knows ATen; knows no network.
 """
@@ -22,16 +24,12 @@ aten = torch.ops.aten
 _OPENED = (
     aten.native_layer_norm,
     aten.native_layer_norm_backward,
-    aten.native_group_norm,
-    aten.native_group_norm_backward,
     aten._softmax_backward_data,
     aten.gelu_backward,
     aten.silu_backward,
     aten.tanh_backward,
     aten.sigmoid_backward,
     aten.threshold_backward,
-    aten.slice_backward,
-    aten.select_backward,
     aten.embedding_dense_backward,
 )
 
@@ -44,6 +42,10 @@ def table() -> dict[Any, Callable[..., Any]]:
         | {
             aten.convolution_backward.default: convolution_input_gradient,
             aten.avg_pool2d_backward.default: average_pool_gradient,
+            aten.native_group_norm.default: group_norm,
+            aten.native_group_norm_backward.default: group_norm_gradient,
+            aten.slice_backward.default: slice_gradient,
+            aten.select_backward.default: select_gradient,
         }
     )
 
@@ -116,6 +118,81 @@ def average_pool_gradient(
     return found
 
 
+def group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, channels: int, places: int, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight (x - mean) rstd + bias, mean [n, groups], rstd [n, groups]), means over a group; float32 at least inside."""
+    grouped = x.to(_wide(x)).reshape(n, groups, channels // groups * places)
+    mean = grouped.mean(dim=2, keepdim=True)
+    centred = grouped - mean
+    rstd = torch.rsqrt((centred * centred).mean(dim=2, keepdim=True) + eps)
+    out = (centred * rstd).reshape(x.shape)
+    if weight is not None:
+        out = out * _per_channel(weight, x)
+    if bias is not None:
+        out = out + _per_channel(bias, x)
+    return out.to(x.dtype), mean.reshape(n, groups), rstd.reshape(n, groups)
+
+
+def group_norm_gradient(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    n: int,
+    channels: int,
+    places: int,
+    groups: int,
+    mask: Sequence[bool],
+) -> tuple[Tensor | None, None, None]:
+    """d loss / d x of a group norm; its parameters have no gradient here.
+
+        u = weight grad,   x^ = (x - mean) rstd,   grad_x = rstd (u - mean(u) - x^ mean(u x^)),   means over a group
+
+    Raises NotImplementedError where a gradient of its parameters is wanted.
+    """
+    if mask[1] or mask[2]:
+        raise NotImplementedError("gradient of a group norm's parameters: the step graph has none")
+    if not mask[0]:
+        return None, None, None
+    grouped = (n, groups, channels // groups * places)
+    u = grad.to(_wide(x)) if weight is None else grad.to(_wide(x)) * _per_channel(weight, x)
+    u, rstd = u.reshape(grouped), rstd.reshape(n, groups, 1)
+    normal = (x.to(_wide(x)).reshape(grouped) - mean.reshape(n, groups, 1)) * rstd
+    found = rstd * (u - u.mean(dim=2, keepdim=True) - normal * (u * normal).mean(dim=2, keepdim=True))
+    return found.reshape(x.shape).to(x.dtype), None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.to(_wide(x)).reshape(1, -1, *(1,) * (x.ndim - 2))
+
+
+def slice_gradient(grad: Tensor, sizes: Sequence[int], dim: int, start: int, end: int, step: int) -> Tensor:
+    """d loss / d x of x[start:end] along dim: zeros before and after. Raises NotImplementedError for a step other than 1."""
+    del end
+    if step != 1:
+        raise NotImplementedError(f"gradient of a slice with step {step}")
+    size = sizes[dim]
+    before = min(max(start + size if start < 0 else start, 0), size)
+    return _zeros_around(grad, dim, before, size - before - grad.shape[dim])
+
+
+def select_gradient(grad: Tensor, sizes: Sequence[int], dim: int, index: int) -> Tensor:
+    """d loss / d x of x[index] along dim: zeros before and after."""
+    dim = dim % len(sizes)
+    before = index % sizes[dim]
+    return _zeros_around(grad.unsqueeze(dim), dim, before, sizes[dim] - before - 1)
+
+
+def _zeros_around(grad: Tensor, dim: int, before: int, after: int) -> Tensor:
+    return F.pad(grad, [0, 0] * (grad.ndim - 1 - dim % grad.ndim) + [before, after])
+
+
 def _patch_gradient(grad: Tensor, weight: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """Of a convolution whose patches do not overlap: one product, then the patches in their places."""
     n, channels, height, width = shape
@@ -142,11 +219,16 @@ def plain_upsampling() -> Generator[None]:
     stock = F.interpolate
 
     def interpolate(
-        input: Tensor, size: Any = None, scale_factor: Any = None, mode: str = "nearest", **rest: Any
+        input: Tensor,
+        size: Any = None,
+        scale_factor: Any = None,
+        mode: str = "nearest",
+        align_corners: bool | None = None,
+        **rest: Any,
     ) -> Tensor:
         factor = scale_factor if isinstance(scale_factor, int | float) else None
         if mode != "nearest" or size is not None or factor is None or factor != int(factor) or input.ndim != 4:
-            return stock(input, size=size, scale_factor=scale_factor, mode=mode, **rest)
+            return stock(input, size, scale_factor, mode, align_corners, **rest)
         n, channels, height, width = input.shape
         f = int(factor)
         wide = input[:, :, :, None, :, None].expand(n, channels, height, f, width, f)

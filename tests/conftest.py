@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -74,6 +75,14 @@ def root() -> Path:
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with random weights in the real layout and formats: a few pictures, a few thousand parameters."""
     return _load("tiny_bundle", ROOT / "tests" / "tiny_bundle.py").build_tiny_bundle(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def build_twin() -> Callable[[Path, str], Path]:
+    """Writes a tiny twin of a real system: tests/twin_bundle.py names them."""
+    if "tiny_bundle" not in sys.modules:
+        _load("tiny_bundle", ROOT / "tests" / "tiny_bundle.py")
+    return _load("twin_bundle", ROOT / "tests" / "twin_bundle.py").build_twin
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

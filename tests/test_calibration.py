@@ -12,7 +12,7 @@ from tiltscope.engine.calibration import calibrate_on_sampler, calibration_key
 from tiltscope.engine.config import ExplainConfig
 from tiltscope.engine.errors import CalibrationError, ConfigError
 from tiltscope.engine.explain import inquire
-from tiltscope.engine.runtime.artefact import cache_folder
+from tiltscope.engine.runtime.cache import cache_folder
 from tiltscope.engine.tilt.worlds import GaussianWorld
 
 
@@ -135,4 +135,4 @@ def test_the_bundle_brings_what_its_demo_would_have_to_draw_for():
     demo = re.search(r"^FEATURE \?= (\S+)", (Path(__file__).parents[1] / "Makefile").read_text(), re.MULTILINE)[1]
     inquiry = inquire(bundle, demo, ExplainConfig())
     assert calibration_key(inquiry.run, inquiry.target) in bundle.pool.calibrations
-    assert calibrate_on_sampler(inquiry.run, inquiry.target, 0.0).ascent.origin == "bundle"
+    assert calibrate_on_sampler(inquiry.run, inquiry.target).ascent.origin == "bundle"

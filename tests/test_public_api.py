@@ -48,6 +48,7 @@ SAMPLE = {
     "calibration_num": 256,
     "beyond_pool": False,
     "runner": "torch",
+    "allow_parity_failure": False,
     "dtype": "float32",
     "on_step": None,
 }

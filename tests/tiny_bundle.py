@@ -144,21 +144,22 @@ def write_sae(folder: Path, trunk: TruncatedViT, pictures: Tensor, generator: to
     write_json(folder / "config.json", {"hook": HOOK, "kind": "jumprelu", "num_latents": NUM_LATENTS, "width": 32})
 
 
-def write_feature_table(path: Path, activations: np.ndarray, names: list[str]) -> None:
+def write_feature_table(path: Path, activations: np.ndarray, names: list[str], hook: str = HOOK) -> None:
     top = np.argsort(-activations, axis=0, kind="stable")[:5]
     mean, sd = activations.mean(0), activations.std(0)
     z = (np.take_along_axis(activations, top, 0) - mean) / np.where(sd > 0, sd, 1)
-    words = [sorted({w for i in top[:, j] for w in names[i].split()}) for j in range(NUM_LATENTS)]
+    num = activations.shape[1]
+    words = [sorted({w for i in top[:, j] for w in names[i].split()}) for j in range(num)]
     pq.write_table(
         pa.table(
             {
-                "feature": [f"{HOOK}:sae:{j}" for j in range(NUM_LATENTS)],
+                "feature": [f"{hook}:sae:{j}" for j in range(num)],
                 "density": (activations > 0).mean(0),
                 "max": activations.max(0),
                 "selectivity": z.mean(0),
                 # Every second latent is called by the first word of its strongest picture, the others have no name.
-                "name": [names[top[0, j]].split()[1] if j % 2 else None for j in range(NUM_LATENTS)],
-                "name_source": ["words" if j % 2 else None for j in range(NUM_LATENTS)],
+                "name": [names[top[0, j]].split()[1] if j % 2 else None for j in range(num)],
+                "name_source": ["words" if j % 2 else None for j in range(num)],
                 "words": words,
                 "alive": (activations > 0).any(0),
             }
@@ -177,7 +178,14 @@ def write_evaluator(folder: Path, generator: torch.Generator) -> Evaluator:
     return evaluator.eval()
 
 
-def write_pool(folder: Path, pixels: np.ndarray, names: list[str], activations: np.ndarray, embeddings: Tensor) -> None:
+def write_pool(
+    folder: Path,
+    pixels: np.ndarray,
+    names: list[str],
+    activations: np.ndarray,
+    embeddings: Tensor,
+    hook: str = HOOK,
+) -> None:
     def webp(picture: np.ndarray) -> bytes:
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "WEBP", lossless=True)
@@ -197,15 +205,15 @@ def write_pool(folder: Path, pixels: np.ndarray, names: list[str], activations: 
         ),
         folder / "pool.parquet",
     )
-    columns = {f"{HOOK}:sae:{j}": activations[:, j].astype(np.float32) for j in range(NUM_LATENTS)}
+    columns = {f"{hook}:sae:{j}": activations[:, j].astype(np.float32) for j in range(activations.shape[1])}
     pq.write_table(pa.table(columns), folder / "activations.parquet")
     double = torch.from_numpy(activations).double()
     save_file({"mean": double.mean(0), "sd": double.std(0, correction=0)}, folder / "statistics.safetensors")
     save_file({"embeddings": F.normalize(embeddings, dim=-1).half()}, folder / "embeddings.safetensors")
 
 
-def describe(folder: Path) -> None:
-    """(Re)write bundle.json with the hashes of the files as they are now."""
+def describe(folder: Path, **parts: Any) -> None:
+    """(Re)write bundle.json with the hashes of the files as they are now; parts: other sections than the tiny bundle's."""
     entries = {
         str(p.relative_to(folder)): {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
         for p in sorted(folder.rglob("*"))
@@ -229,7 +237,8 @@ def describe(folder: Path) -> None:
             "data": {},
             "training": {},
             "reference": {},
-        },
+        }
+        | parts,
     )
 
 

@@ -134,7 +134,7 @@ def calibrations(bundle: Bundle, features: tuple[str, ...]) -> dict[str, Any]:
     for address in features:
         inquiry = inquire(bundle, address, ExplainConfig())
         try:
-            ascent = calibrate_on_sampler(inquiry.run, inquiry.target, float(inquiry.natural.mean())).ascent
+            ascent = calibrate_on_sampler(inquiry.run, inquiry.target).ascent
         except CalibrationError as error:
             print(f"{address} is not calibrated: {error}", flush=True)
             continue

@@ -22,12 +22,12 @@ from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import BusyError, ConfigError, RunnerError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.prior.prior import Prior
-from tiltscope.engine.runtime.step import Step
-from tiltscope.engine.sample import DTYPES, calibrated, prepare
+from tiltscope.engine.runtime.runners import Gated
+from tiltscope.engine.sample import DTYPES, calibrated, device_and_kernels, prepare
 from tiltscope.engine.samples import Samples
 
 # Settings that the engine gives every request.
-_OWN = ("batch_size", "runner", "dtype")
+_OWN = ("batch_size", "runner", "allow_parity_failure", "dtype", "device", "kernels", "graphs")
 _ASKED = {each.name for each in fields(SampleConfig)} - set(_OWN)
 
 
@@ -40,7 +40,7 @@ class Engine:
 
     bundle: a Bundle, or a Prior for features that are functions. max_batch: slots of a network call. max_pending: samples that
     may be unanswered at once. A request's pictures are bit for bit those of sample(..., batch_size=max_batch) with the same
-    runner and dtype, whatever shares the batch (tests/batching/test_engine.py).
+    runner, dtype, device and kernels, whatever shares the batch (tests/batching/test_engine.py).
 
     Requests are served in turn, a sample each, in the order in which they came. Thread-safe. The thread starts with the first
     request; close() (or leaving the `with`) answers what is pending first, close(cancel=True) does not.
@@ -53,20 +53,31 @@ class Engine:
         max_batch: int = 8,
         runner: str = "torch",
         dtype: str = "float32",
+        device: str = "cpu",
+        kernels: str = "reference",
         max_pending: int = 4096,
     ) -> None:
-        """Raises ConfigError for a value that is not allowed."""
+        """Raises ConfigError for a value that is not allowed, RunnerError for a device or kernels that are not here."""
         if type(max_pending) is not int or max_pending < 1:
             raise ConfigError(f"max_pending: got {max_pending!r}, allowed are whole numbers from 1")
         self._bundle = bundle if isinstance(bundle, Bundle) else None
         self.prior = bundle.prior if isinstance(bundle, Bundle) else bundle
-        self._own: dict[str, Any] = {"batch_size": max_batch, "runner": runner, "dtype": dtype}
-        SampleConfig(lam=0.0, **self._own)  # refuses what no request could be drawn with
+        self._own: dict[str, Any] = {
+            "batch_size": max_batch,
+            "runner": runner,
+            "allow_parity_failure": False,
+            "dtype": dtype,
+            "device": device,
+            "kernels": kernels,
+            "graphs": "off",  # a graph holds one programme; here the programme changes with who is in the batch
+        }
+        # Refuses what no request could be drawn with.
+        self._device, _ = device_and_kernels(SampleConfig(lam=0.0, **self._own))
         self.max_pending = max_pending
         self.tickets: dict[str, Ticket] = {}
         """the unanswered requests by name"""
         self._scheduler = Scheduler()
-        self._steps: dict[object, Step] = {}
+        self._steps: dict[object, Gated] = {}
         self._incoming: deque[Request] = deque()
         self._pending = 0
         self._changed = threading.Condition()
@@ -87,7 +98,7 @@ class Engine:
         wait_s: float = 0.0,
         **settings: Any,
     ) -> Ticket:
-        """Ask for the samples of one distribution; settings are sample()'s, but for batch_size, runner and dtype.
+        """Ask for the samples of one distribution; settings are sample()'s, but for those that are the engine's.
 
         name: what the request is called in `tickets` and a checkpoint. deadline_s: seconds from now after which it ends with
         DeadlineError. wait_s: seconds to wait for room. Lambda is calibrated here, in the caller's thread. Raises BusyError
@@ -104,8 +115,9 @@ class Engine:
         self._reserve(config.num, wait_s)
         try:
             with self._preparing:
-                run = calibrated(prepare(self.prior, self._feature(feature), config, step=self._step_of(feature)))
-                self._steps.setdefault(step_key(run.feature), run.programme.step)
+                run = calibrated(prepare(self.prior, self._feature(feature), config, gated=self._step_of(feature)))
+                if run.gated is not None:
+                    self._steps.setdefault(step_key(run.feature), run.gated)
             request = Request(run, name=name or f"request-{next(self._names)}", deadline=deadline)
             self._enter(request)
         except BaseException:
@@ -173,8 +185,8 @@ class Engine:
             raise ConfigError(f"feature: got {feature!r}, but this engine has no bundle; give a Feature")
         return self._bundle.feature(feature)
 
-    def _step_of(self, feature: str | Feature) -> Step | None:
-        return self._steps.get(step_key(self._feature(feature).to(DTYPES[self._own["dtype"]])))
+    def _step_of(self, feature: str | Feature) -> Gated | None:
+        return self._steps.get(step_key(self._feature(feature).to(DTYPES[self._own["dtype"]], self._device)))
 
     def _reserve(self, num: int, wait_s: float) -> None:
         with self._changed:

@@ -17,6 +17,7 @@ from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.sample import Run
 from tiltscope.engine.sampler.state import HostRows, SlotState
 from tiltscope.engine.sampler.tick import tick
+from tiltscope.kernels.dispatch import count_calls
 
 # A graph that samples wait for runs after so many ticks of the others at the latest.
 PATIENCE = 4
@@ -85,7 +86,8 @@ class Lane:
     def tick(self, now: float) -> list[Sample]:
         """Advance one batch by one row; the samples that thereby are done, no longer live."""
         batch = self._gathered(self._choose())
-        state, seen = tick(batch.state, self.programme)
+        with count_calls() as calls:
+            state, seen = tick(batch.state, self.programme)
         self.batch = Batch(batch.samples, state)
         for at, sample in enumerate(batch.samples):
             sample.row += 1
@@ -93,6 +95,8 @@ class Lane:
             if sample.request.first_tick is None:
                 sample.request.first_tick = now
         self.last_size = len(batch.samples)
+        for request in {sample.request for sample in batch.samples}:
+            request.run.calls.update(calls)
         done = [sample for sample in batch.samples if sample.done]
         if done:
             self._scatter()
@@ -149,7 +153,7 @@ def _placed(state: SlotState, *, plan: int, log_tilt: int) -> SlotState:
     host = HostRows(plan=np.full(num, plan, np.int64), row=state.host.row, tilted=state.host.tilted)
     return replace(
         state,
-        plan=torch.full((num,), plan, dtype=torch.int64),
-        log_tilt=torch.full((num,), log_tilt, dtype=torch.int64),
+        plan=torch.full_like(state.plan, plan),
+        log_tilt=torch.full_like(state.log_tilt, log_tilt),
         host=host,
     )

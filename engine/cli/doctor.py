@@ -12,7 +12,7 @@ from tiltscope.engine.cli.common import Common
 from tiltscope.engine.cli.screen import printable, put_json, say, stage
 from tiltscope.engine.config import DTYPES
 from tiltscope.engine.errors import TiltscopeError
-from tiltscope.engine.runtime.runners import runner_names
+from tiltscope.engine.runtime.runners import REFERENCE, cannot_run, runner_names
 
 # What an import is called where it is not called as its distribution.
 MODULES = {"tensorrt-rtx-cu13": "tensorrt_rtx"}
@@ -110,11 +110,13 @@ def _runner(name: str) -> dict[str, Any]:
     extra = RUNNERS.get(name)
     built = name in runner_names()
     missing = [] if extra is None else _missing(extra)
+    lacking = cannot_run(name) if built and not missing and name != REFERENCE else None
     return {
         "runner": name,
         "in_this_version": built,
-        "available": built and not missing,
+        "available": built and not missing and not lacking,
         "missing": missing if built else [],
+        "lacking": lacking,
         "install": f"pip install 'tiltscope[{extra}]'" if built and missing else None,
     }
 
@@ -138,6 +140,8 @@ def _print(report: dict[str, Any]) -> None:
     for each in report["runners"]:
         if each["available"]:
             state = "available"
+        elif each["lacking"]:
+            state = each["lacking"]
         elif each["in_this_version"]:
             state = f"missing {', '.join(each['missing'])}: {each['install']}"
         else:

@@ -5,8 +5,6 @@
 So one graph holds denoiser, decoder and trunk, and the gradient goes through all three. Knows tensors; must not know files.
 """
 
-from typing import cast
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,6 +29,8 @@ class DecodedTrunk(Trunk):
             std=(1.0, 1.0, 1.0),
         )
         self.trunk, self.decoder = trunk, decoder
+        # In a tuple: a module in its own place would be a part of this one.
+        self._loaded = (decoder,)
         self.shape = shape
         self.from_size = (decoder.picture_shape if decoder is not None else shape)[1:]
         self._set_tables(torch.float32)
@@ -57,20 +57,19 @@ class DecodedTrunk(Trunk):
             picture = resize(picture, self.rows, self.columns)
         return self.trunk(picture)
 
-    def rescaled(self) -> "DecodedTrunk":
+    def rescaled(self) -> Trunk:
         return DecodedTrunk(self.trunk.rescaled(), shape=self.shape, decoder=self.decoder)
 
-    def in_dtype(self, dtype: torch.dtype, device: torch.device = CPU) -> "DecodedTrunk":
+    def in_dtype(self, dtype: torch.dtype, device: torch.device = CPU) -> Trunk:
+        """As every trunk's; the decoder too is cast from the float32 weights that were loaded."""
         self._siblings.setdefault((self.dtype, self.device), self)
         wanted = (dtype, device)
         if wanted not in self._siblings:
-            source = self._siblings[torch.float32, CPU]
-            sibling = DecodedTrunk(
-                source.trunk.in_dtype(dtype, device),
-                shape=source.shape,
-                decoder=None if source.decoder is None else source.decoder.in_dtype(dtype, device),
-            )
+            (loaded,) = self._loaded
+            decoder = None if loaded is None else loaded.in_dtype(dtype, device)
+            sibling = DecodedTrunk(self.trunk.in_dtype(dtype, device), shape=self.shape, decoder=decoder)
             sibling._set_tables(dtype)
-            sibling._siblings = source._siblings
-            self._siblings[wanted] = cast(DecodedTrunk, sibling.to(device))
+            sibling.to(device)
+            sibling._loaded, sibling._siblings = self._loaded, self._siblings
+            self._siblings[wanted] = sibling
         return self._siblings[wanted]

@@ -5,7 +5,6 @@ Knows tensors; must not know architectures, files, features or sampling.
 
 import copy
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -50,7 +49,7 @@ class Trunk(nn.Module):
         self.rescales = False
         self._mean, self._std = tuple(mean), tuple(std)
         # One sibling a dtype and device, shared by all of them, so that every feature of a hook runs the same module.
-        self._siblings: dict[tuple[torch.dtype, torch.device], Self] = {}
+        self._siblings: dict[tuple[torch.dtype, torch.device], Trunk] = {}
 
     def _set_tables(self, dtype: torch.dtype) -> None:
         # On the CPU even when the parameters are being built on the meta device: these are values, not weights to be loaded.
@@ -87,7 +86,7 @@ class Trunk(nn.Module):
         # The least mean square keeps the derivative of a token of zeros finite.
         return tokens * torch.rsqrt((tokens * tokens).mean(dim=-1, keepdim=True) + LEAST_MEAN_SQUARE)
 
-    def rescaled(self) -> Self:
+    def rescaled(self) -> "Trunk":
         """This trunk with tokens of length sqrt(width), token sqrt(width)/|token|: how some autoencoders read a hook.
 
         It shares the weights, and is another trunk: its features do not add to those of this one.
@@ -100,7 +99,7 @@ class Trunk(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def in_dtype(self, dtype: torch.dtype, device: torch.device = CPU) -> Self:
+    def in_dtype(self, dtype: torch.dtype, device: torch.device = CPU) -> "Trunk":
         """This trunk with its weights in dtype on device; self is not changed, and asking twice gives the same module.
 
         Weights are cast from the float32 ones that were loaded; tables are computed anew (float64 gets float64 tables).

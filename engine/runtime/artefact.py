@@ -4,40 +4,45 @@
     CACHE/<key>/selftest.safetensors    inputs of the step and the float64 reference's outputs (gate.py)
     CACHE/<key>/...                     the model, whatever the runner needs
 
-The key holds what decides whether an artefact may serve: kind, weights, hook, readout shape, dtype, versions and machine. A
-folder appears in one rename, so a killed build leaves none. CACHE is TILTSCOPE_HOME/artefacts; engines are code, so it must be
-the user's own and closed to others.
+The key holds what decides whether an artefact may serve: kind, the weights themselves, hook, readout shape, dtype, versions,
+machine, and what else the exporter says its files depend on. How folders come, stay and go is cache.py's affair.
 """
 
 import hashlib
 import json
-import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_path
+from torch import nn
 
 from tiltscope.engine.errors import BundleError, RunnerError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.files import VerifiedFolder, read_json
 from tiltscope.engine.prior.prior import Prior
+from tiltscope.engine.runtime.cache import (
+    Entry,
+    entries,
+    evict,
+    limit_bytes,
+    obtain_entry,
+    remove_entry,
+    remove_leftovers,
+)
 from tiltscope.engine.runtime.exported import padded_rows
 from tiltscope.engine.runtime.gate import SelfTest
 
 DESCRIPTION, SELF_TEST = "artefact.json", "selftest.safetensors"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A built step on disk, every file checked against its hash."""
+    """A built step on disk, every file checked against its hash. It stays there until this process ends."""
 
     folder: Path
     key: dict[str, Any]
@@ -47,25 +52,10 @@ class Artefact:
         return SelfTest.load(self.folder / SELF_TEST)
 
 
-def cache_folder(name: str = "artefacts") -> Path:
-    """TILTSCOPE_HOME/`name` (default: in the platform's user cache), made with mode 0700.
-
-    Raises RunnerError where it belongs to somebody else or others may write into it: what lies there is run.
-    """
-    home = os.environ.get("TILTSCOPE_HOME")
-    folder = (Path(home) if home else user_cache_path("tiltscope")) / name
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022):
-        raise RunnerError(
-            f"{folder} belongs to another user or can be written by others, and engines are code; "
-            "chmod 700 it, or set TILTSCOPE_HOME to a folder of your own"
-        )
-    return folder
-
-
-def artefact_key(kind: str, prior: Prior, feature: Feature, dtype: torch.dtype) -> dict[str, Any]:
-    """What an artefact was built for; another value of any of these needs another artefact."""
+def artefact_key(
+    kind: str, prior: Prior, feature: Feature, dtype: torch.dtype, facts: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What an artefact was built for; another value of any of these needs another artefact. facts: the exporter's own."""
     readout = feature.readout
     return {
         "kind": kind,
@@ -73,22 +63,54 @@ def artefact_key(kind: str, prior: Prior, feature: Feature, dtype: torch.dtype) 
         "shape": list(prior.shape),
         # One engine serves every feature of a hook: only the shape of the readout is built in. A custom feature is built in.
         "hook": feature.trunk.hook if feature.trunk is not None else feature.identity,
-        "readout": None if readout is None else [padded_rows(readout.num_rows), readout.direction.shape[2]],
+        "readout": None if readout is None else [padded_rows(readout.num_rows), *readout.direction.shape[2:]],
+        # An identity says where weights came from, these what they are now: a network changed in place needs another file.
+        "weights": [
+            None if module is None else weights_hash(module)
+            for module in (None if prior.network is None else prior.network.network, feature.trunk)
+        ],
         "dtype": str(dtype).removeprefix("torch."),
         "versions": _versions(),
         "machine": platform.machine(),
+        **(facts or {}),
     }
 
 
-def cached() -> list[tuple[Path, dict[str, Any] | None]]:
-    """Every artefact's folder in the cache and its key, None where the folder does not say."""
-    found: list[tuple[Path, dict[str, Any] | None]] = []
-    for folder in sorted(each for each in cache_folder().iterdir() if each.is_dir() and not each.name.startswith(".")):
+def weights_hash(module: nn.Module) -> str:
+    """sha256 over name, dtype, shape and bytes of every parameter and buffer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def cached() -> list[tuple[Entry, dict[str, Any] | None]]:
+    """Every artefact in the cache, the least recently used first, with its key; None where the folder does not say."""
+    found: list[tuple[Entry, dict[str, Any] | None]] = []
+    for entry in entries():
         try:
-            found.append((folder, read_json(folder / DESCRIPTION).get("key")))
+            found.append((entry, read_json(entry.folder / DESCRIPTION).get("key")))
         except BundleError:
-            found.append((folder, None))
+            found.append((entry, None))
     return found
+
+
+def prune() -> tuple[int, list[Path]]:
+    """Remove what no run of this installation can use, and then the least recently used beyond the cache's bound.
+
+    That is: artefacts of other versions or machines, damaged ones, and what killed processes left. Returns how many folders
+    went, and those that stay although they should go because a process uses them.
+    """
+    removed, kept = remove_leftovers(), list[Path]()
+    for entry, key in cached():
+        if made_by_this_version(key) and _is_whole(entry.folder):
+            continue
+        if remove_entry(entry.folder):
+            removed += 1
+        else:
+            kept.append(entry.folder)
+    return removed + len(evict(limit_bytes())), kept
 
 
 def made_by_this_version(key: dict[str, Any] | None) -> bool:
@@ -103,40 +125,47 @@ def _versions() -> dict[str, str]:
 def obtain(key: dict[str, Any], build: Callable[[Path], None], self_test: Callable[[], SelfTest]) -> Artefact:
     """The artefact of `key` from the cache; where it is missing, `build` fills a folder and `self_test` is stored with it.
 
-    Raises RunnerError for a cache that is not safe, BundleError for a damaged artefact, and whatever `build` raises.
+    Raises RunnerError for a cache that is not safe or an artefact of something else, BundleError for a damaged one, and whatever
+    `build` raises.
     """
-    folder = cache_folder() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    if not folder.is_dir():
-        _build(folder, key, build, self_test)
-    description = read_json(folder / DESCRIPTION)
-    if description.get("schema_version") != SCHEMA_VERSION or description.get("key") != key:
-        raise RunnerError(f"{folder} was built for something else; remove it and run again")
-    files = VerifiedFolder(folder, description["files"])
-    for name in files.names:
-        files.file(name)
-    return Artefact(folder, key)
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
-
-def _build(folder: Path, key: dict[str, Any], build: Callable[[Path], None], self_test: Callable[[], SelfTest]) -> None:
-    place = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-    try:
+    def build_whole(place: Path) -> None:
         build(place)
         self_test().save(place / SELF_TEST)
         files = {
-            path.relative_to(place).as_posix(): {
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                "bytes": path.stat().st_size,
-            }
+            path.relative_to(place).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
             for path in sorted(place.rglob("*"))
             if path.is_file()
         }
         description = {"schema_version": SCHEMA_VERSION, "key": key, "files": files}
         (place / DESCRIPTION).write_text(json.dumps(description, indent=2))
-        try:
-            place.rename(folder)
-        except OSError:
-            # Another process was first: its artefact serves as well. Anything else is a failure.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+
+    folder = obtain_entry(name, build_whole)
+    try:
+        description = read_json(folder / DESCRIPTION)
+        if description.get("schema_version") != SCHEMA_VERSION or description.get("key") != key:
+            raise RunnerError(f"{folder} was built for something else; remove it and run again")
+        _check_files(folder, description)
+    except BundleError as error:
+        raise BundleError(f"{error}; or, as this is an artefact: remove {folder} and run again") from error
+    return Artefact(folder, key)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_files(folder: Path, description: Mapping[str, Any]) -> None:
+    files = VerifiedFolder(folder, description.get("files", {}))
+    for name in files.names:
+        files.file(name)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _check_files(folder, read_json(folder / DESCRIPTION))
+    except BundleError:
+        return False
+    return True

@@ -39,6 +39,8 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "gradient": ("activation", "drive", "grad_a"),
     "pullback": ("pulled",),
 }
+# The largest batch that files with a symbolic batch are asked for; engines with profiles say their own.
+MAX_BATCH = 1024
 # Sums of up to so many features share a file; the rest of the rows has weight 0.
 LEAST_ROWS = 4
 
@@ -49,6 +51,11 @@ Engine = Callable[[dict[str, NDArray[Any]]], Sequence[NDArray[Any]]]
 def padded_rows(num_rows: int) -> int:
     """Rows that a graph is built for: LEAST_ROWS, or the next power of two."""
     return max(LEAST_ROWS, 1 << (num_rows - 1).bit_length())
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in dtype, where it holds numbers; a mask stays one."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def readout_inputs(readout: Readout, num: int) -> list[Tensor]:
@@ -67,11 +74,28 @@ def network_parts(prior: Prior, feature: Feature, runner: str) -> tuple[NetworkD
 
 @dataclass(frozen=True)
 class ExportedStep:
-    """`run(graph, inputs)` behind the step's protocol."""
+    """`run(graph, inputs)` behind the step's protocol.
+
+    dtype: of the graphs' inputs and outputs, None where it is the caller's own; the caller's dtype is what comes back.
+    max_batch: the largest batch that the graphs were built for. A larger one is a RunnerError.
+    """
 
     name: str
     denoiser: NetworkDenoiser
-    run: RunGraph
+    call: RunGraph
+    dtype: torch.dtype | None = None
+    max_batch: int = MAX_BATCH
+
+    def run(self, graph: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """One graph, inputs and outputs cast. Raises RunnerError for a batch beyond max_batch."""
+        given, dtype = inputs[0].dtype, self.dtype or inputs[0].dtype
+        if len(inputs[0]) > self.max_batch:
+            raise RunnerError(
+                f"runner {self.name}: got a batch of {len(inputs[0])}, its files were built for 1 to {self.max_batch}; "
+                f"give --batch-size {self.max_batch} or less"
+            )
+        outputs = self.call(graph, [cast(each, dtype) for each in inputs])
+        return [each.to(given) for each in outputs]
 
     def unguided(
         self, x: Float[Tensor, "batch ..."], sigma: Float64[Tensor, "batch"], alpha: Float64[Tensor, "batch"]
@@ -133,8 +157,9 @@ def needed(module: str, runner: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
+        extra = runner.replace("_", "-")
         raise RunnerError(
-            f"runner {runner} needs {module}, which is not installed: pip install 'tiltscope[{runner}]'"
+            f"runner {runner} needs {module}, which is not installed: pip install 'tiltscope[{extra}]'"
         ) from error
 
 

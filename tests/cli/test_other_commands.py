@@ -117,6 +117,7 @@ def test_doctor_verifies_the_bundle(cli, tiny_bundle: Path, tmp_path: Path) -> N
         "in_this_version": True,
         "available": True,
         "missing": [],
+        "lacking": None,
         "install": None,
     }
     assert shown["versions"]["torch"]

@@ -8,7 +8,8 @@ import torch
 import tiltscope
 from tiltscope.engine.errors import BundleError, ParityError, RunnerError
 from tiltscope.engine.runtime import runners
-from tiltscope.engine.runtime.artefact import artefact_key, cache_folder
+from tiltscope.engine.runtime.artefact import artefact_key
+from tiltscope.engine.runtime.cache import cache_folder
 from tiltscope.engine.runtime.step import TorchStep
 
 ADDRESS = "blocks.1:sae:3"
@@ -27,6 +28,7 @@ class Mirror:
     """An exporter whose model file is a word; it counts its builds."""
 
     name = artefact = "mirror"
+    dtypes, max_batch = ("float32", "float64"), 8
 
     def __init__(self):
         self.builds = 0
@@ -35,6 +37,15 @@ class Mirror:
     def build(self, prior, feature, dtype, folder):
         self.builds += 1
         (folder / "model.txt").write_text("mirror")
+
+    def facts(self):
+        return {}
+
+    def cannot_run(self):
+        return None
+
+    def locate(self, prior, feature, dtype):
+        return "the error enters in the mirror"
 
     def load(self, folder, prior, feature, dtype):
         assert (folder / "model.txt").read_text() == "mirror"
@@ -111,7 +122,7 @@ def test_a_failed_build_leaves_nothing(bundle, mirror, monkeypatch):
     monkeypatch.setattr(mirror, "build", fail)
     with pytest.raises(OSError, match="disk full"):
         draw(bundle, runner="mirror")
-    assert list(cache_folder().iterdir()) == []
+    assert artefacts() == []
 
 
 def test_a_cache_that_others_may_write_into_is_refused(bundle, mirror):

@@ -1,0 +1,55 @@
+"""Graphs that torch's own compiler (Inductor) built ahead of time, behind the step's protocol. Written by export/compiled.py.
+
+What is loaded is machine code for any batch. No compiler runs here, so nothing is compiled again: tests/export/test_compiled.py
+loads and runs it where there is none.
+"""
+
+import hashlib
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltscope.engine.errors import RunnerError
+
+SUFFIX = ".pt2"
+
+
+def cpu_features() -> str:
+    """What this processor can do, as one hash: the code is for exactly that."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    told = " ".join(sorted(flags)) or f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+class CompiledGraphs:
+    """FOLDER/<graph>.pt2 as a RunGraph; a file is opened at its graph's first call."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._opened: dict[str, Callable[..., Sequence[Tensor]]] = {}
+
+    def __call__(self, graph: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        if graph not in self._opened:
+            self._opened[graph] = open_graph(self._folder / f"{graph}{SUFFIX}")
+        return list(self._opened[graph](*(each.detach().contiguous() for each in inputs)))
+
+
+def open_graph(path: Path) -> Callable[..., Sequence[Tensor]]:
+    """The program in a .pt2 file. Raises RunnerError where this torch or this processor cannot load it."""
+    from torch._inductor import aoti_load_package  # imports the compiler's package: not for those who do not ask for it
+
+    try:
+        loaded: Any = aoti_load_package(str(path))
+    except (RuntimeError, OSError) as error:
+        raise RunnerError(
+            f"runner compile: {path} cannot be loaded here ({error}); remove its folder and run again"
+        ) from error
+    return loaded

@@ -1,0 +1,127 @@
+"""Published sizes on the meta device, where nothing is computed: multiply-accumulates of one forward, and parameters.
+
+The figures are those of the literature that docs/models.md and the systems' cost predictions stand on; one per cent.
+"""
+
+import pytest
+import torch
+from tiny_models import MEAN, STD
+from torch.utils.flop_counter import FlopCounterMode
+
+from tiltscope.engine.feature.convnext import ConvNeXtConfig, TruncatedConvNeXt
+from tiltscope.engine.feature.readout import pre_activations
+from tiltscope.engine.feature.sae import SparseAutoencoder
+from tiltscope.engine.feature.trunk import TruncatedViT
+from tiltscope.engine.feature.vit import ViTConfig
+from tiltscope.engine.prior.decoder import KINDS, Decoder
+from tiltscope.engine.prior.dit import DiT
+
+CONVNEXT_L = ConvNeXtConfig(depths=(3, 3, 27, 3), hidden_sizes=(192, 384, 768, 1536), image_size=256)
+VIT = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
+# Dhariwal & Nichol 2021 (arXiv:2105.05233), the unconditional 256x256 network, as diffusers' UNet2DModel.
+ADM_256 = {
+    "sample_size": 256,
+    "in_channels": 3,
+    "out_channels": 6,
+    "block_out_channels": (256, 256, 512, 512, 1024, 1024),
+    "layers_per_block": 2,
+    "attention_head_dim": 64,
+    "down_block_types": ("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+    "up_block_types": ("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
+    "resnet_time_scale_shift": "scale_shift",
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+}
+pytestmark = pytest.mark.slow
+
+
+def giga_macs(run):
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        run()
+    return counter.get_total_flops() / 2e9
+
+
+def million_parameters(module):
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+def on_meta(make):
+    with torch.device("meta"):
+        return make().to("meta")
+
+
+def pixels(*shape):
+    return torch.empty(1, *shape, device="meta")
+
+
+def vit(size):
+    width, layers, heads = VIT[size]
+    config = ViTConfig(
+        image_size=256,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_register_tokens=4,
+    )
+    return on_meta(lambda: TruncatedViT(config, "norm", mean=MEAN, std=STD))
+
+
+@pytest.mark.parametrize(("size", "macs"), [("S", 6.25), ("B", 23.6), ("L", 82.4)])
+def test_vit(size, macs):
+    trunk = vit(size)
+    assert giga_macs(lambda: trunk(pixels(3, 256, 256))) == pytest.approx(macs, rel=0.01)
+
+
+@pytest.mark.parametrize(("hook", "macs"), [("norm", 44.9), ("stages.2.20", 32.4)])
+def test_convnext_large(hook, macs):
+    trunk = on_meta(lambda: TruncatedConvNeXt(CONVNEXT_L, hook, mean=MEAN, std=STD))
+    assert giga_macs(lambda: trunk(pixels(3, 256, 256))) == pytest.approx(macs, rel=0.01)
+    if hook == "stages.2.20":
+        assert (trunk.width, trunk.grid) == (768, (16, 16))
+
+
+def test_one_row_of_the_convolutional_autoencoder_is_a_12288th_of_it():
+    trunk = on_meta(lambda: TruncatedConvNeXt(CONVNEXT_L, "stages.2.20", mean=MEAN, std=STD))
+    with torch.device("meta"):
+        weight, rest = torch.empty(12288, 768, 7, 7), torch.empty(12288)
+        tokens = torch.empty(1, 256, 768)
+        whole = giga_macs(lambda: torch.nn.functional.conv2d(torch.empty(1, 768, 16, 16), weight, padding=3))
+        assert whole == pytest.approx(118, rel=0.01)
+        readout = SparseAutoencoder(weight, rest, rest).readout(slice(0, 1), trunk)
+        assert giga_macs(lambda: pre_activations(tokens, readout)) == pytest.approx(whole / 12288, rel=0.01)
+
+
+def test_adm_256():
+    from diffusers import UNet2DModel
+
+    with torch.device("meta"):
+        network = UNet2DModel(**ADM_256)
+    found = giga_macs(lambda: network(pixels(3, 256, 256), torch.zeros(1, device="meta")))
+    assert found == pytest.approx(1120, rel=0.01)
+    assert million_parameters(network) == pytest.approx(552.8, rel=0.01)
+
+
+def test_dit_xl_2():
+    from diffusers import DiTTransformer2DModel
+
+    with torch.device("meta"):
+        network = DiT(DiTTransformer2DModel(out_channels=8)).to("meta").requires_grad_(False)
+    time = torch.zeros(1, device="meta", dtype=torch.float64)
+    assert giga_macs(lambda: network(pixels(4, 32, 32), time)) == pytest.approx(118.6, rel=0.01)
+
+
+def test_stable_diffusions_decoder():
+    config = {
+        "_class_name": "AutoencoderKL",
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+    }
+    with torch.device("meta"):
+        whole, factor = KINDS["AutoencoderKL"](config)
+    decoder = Decoder(whole.decoder, whole.post_quant_conv, shape=(4, 32, 32), factor=factor, scale=0.18215, shift=0.0)
+    assert decoder.picture_shape == (3, 256, 256)
+    assert giga_macs(lambda: decoder(pixels(4, 32, 32))) == pytest.approx(311, rel=0.01)
