@@ -105,10 +105,10 @@ def place(*, dry: bool) -> Place:
         report,
         words,
         1,
-        2,
+        1,
         ((3, 8, 8),),
         (2,),
-        4,
+        2,
         tiny,
         "blocks.1:sae:3",
     )
