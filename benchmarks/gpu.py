@@ -12,6 +12,8 @@ was walked before a stranger takes it, and no number of it means anything.
 """
 
 import argparse
+import hashlib
+import importlib.util
 import json
 import platform
 import subprocess
@@ -61,6 +63,8 @@ class Place:
     shapes: tuple[tuple[int, int, int], ...]
     batches: tuple[int, ...]
     steps: int
+    bundle: str
+    feature: str
 
     @property
     def kernels(self) -> str:
@@ -73,21 +77,62 @@ def place(*, dry: bool) -> Place:
         graphs: Graphs = CudaGraphs()
         shapes, batches = ((3, 64, 64), (3, 256, 256), (4, 64, 64)), (1, 8, 32)
         words = ("-m", "gpu")
-        return Place(False, torch.device("cuda", 0), graphs, RESULTS, REPORT, words, 3, 50, shapes, batches, 100)
+        return Place(
+            False,
+            torch.device("cuda", 0),
+            graphs,
+            RESULTS,
+            REPORT,
+            words,
+            3,
+            50,
+            shapes,
+            batches,
+            100,
+            "emoji64",
+            FEATURE,
+        )
     folder = Path(tempfile.mkdtemp(prefix="tiltscope-gpu-dry-"))
-    report = folder / "gpu.md"
+    tiny, report = _tiny_bundle(folder), folder / "gpu.md"
     report.write_text(REPORT.read_text())
     # One quick test in the place of the tests that need a device.
     words = ("tests/runtime/test_graphs.py", "-k", "smallest_bucket", "-p", "no:cacheprovider")
-    return Place(True, torch.device("cpu"), StandInGraphs(), folder, report, words, 1, 2, ((3, 8, 8),), (2,), 4)
+    return Place(
+        True,
+        torch.device("cpu"),
+        StandInGraphs(),
+        folder,
+        report,
+        words,
+        1,
+        1,
+        ((3, 8, 8),),
+        (2,),
+        2,
+        tiny,
+        "blocks.1:sae:3",
+    )
+
+
+def _tiny_bundle(folder: Path) -> str:
+    """The tests' bundle of random weights, built there."""
+    spec = importlib.util.spec_from_file_location("tiny_bundle", ROOT / "tests" / "tiny_bundle.py")
+    if spec is None or spec.loader is None:
+        raise RunnerError("tests/tiny_bundle.py is missing: the walk needs the repository's tests")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.build_tiny_bundle(folder / "bundle"))
 
 
 def revision() -> str:
-    """The commit, marked where the tree differs from it: a gate holds for one state of the code."""
-    said = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=40", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    return said.stdout.strip() or "unknown"
+    """The commit, and a hash of what the tree changes in it: a gate holds for one state of the code. Results change no code."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+
+    commit = git("rev-parse", "HEAD").strip() or "unknown"
+    changed = git("diff", "HEAD", "--", ".", ":!benchmarks/results", ":!docs/gpu.md")
+    return commit + (f"+{hashlib.sha256(changed.encode()).hexdigest()[:12]}" if changed else "")
 
 
 def describe(at: Place) -> dict[str, Any]:
@@ -143,12 +188,12 @@ def gated(at: Place) -> bool:
     return bool(passed) and passed[-1] == revision()
 
 
-def alternate(at: Place, works: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+def alternate(at: Place, works: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
     """p20, p50, p80 of each in milliseconds, in turn, so that a drifting clock moves all of them; warm-ups apart."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(at.warm_ups + at.repeats):
         for name, work in works.items():
-            spent = at.graphs.milliseconds(lambda work=work: work() and None)
+            spent = at.graphs.milliseconds(work)
             if turn >= at.warm_ups:
                 taken[name].append(spent)
     shares = (0.2, 0.5, 0.8)
@@ -204,8 +249,8 @@ def bench_fused_step(at: Place) -> list[dict[str, Any]]:
 
 
 def bench_ticks(at: Place) -> list[dict[str, Any]]:
-    """One guided tick of the embedded bundle: graph replay against eager, at every batch. The plan is longer than the trials."""
-    bundle = tiltscope.load("emoji64")
+    """One guided tick of a bundle: graph replay against eager, at every batch. The plan is longer than the trials."""
+    bundle = tiltscope.load(at.bundle)
     found: list[dict[str, Any]] = []
     for batch in at.batches:
         config = SampleConfig(
@@ -217,7 +262,7 @@ def bench_ticks(at: Place) -> list[dict[str, Any]]:
             kernels=at.kernels,
             graphs="off",
         )
-        run = prepare(bundle.prior, bundle.feature(FEATURE), config)
+        run = prepare(bundle.prior, bundle.feature(at.feature), config)
         work, readout = run.programme, run.feature.readout
         state = admit(work, seed=0, indices=np.arange(batch), lam=np.ones(batch), readout=readout, bucket=batch)
         needs, eager = work.needs(state.host), StaticSlots.like(state)
@@ -235,18 +280,18 @@ def bench_ticks(at: Place) -> list[dict[str, Any]]:
 
 
 def bench_pictures(at: Place) -> list[dict[str, Any]]:
-    """Whole pictures of the embedded bundle, with graphs and without, and that both are the same ones."""
-    bundle = tiltscope.load("emoji64")
+    """Whole pictures of a bundle, with graphs and without, and that both are the same ones."""
+    bundle = tiltscope.load(at.bundle)
     batch = at.batches[-1]
     config = SampleConfig(
         num=batch, lam=1.0, steps=at.steps, batch_size=batch, device=at.device.type, kernels=at.kernels, graphs="off"
     )
-    run = prepare(bundle.prior, bundle.feature(FEATURE), config)
+    run = prepare(bundle.prior, bundle.feature(at.feature), config)
     graphed = replace(run, graphed=GraphedTicks(at.graphs, always=True))
     indices = np.arange(batch)
     error = float((run.draw_bucket(indices).x0 - graphed.draw_bucket(indices).x0).abs().max())
     _reset_peak(at)
-    fewer = replace(at, repeats=max(2, at.repeats // 10))
+    fewer = replace(at, repeats=max(1, at.repeats // 10))
     times = alternate(fewer, {"graph": lambda: graphed.draw_bucket(indices), "eager": lambda: run.draw_bucket(indices)})
     return [{"case": f"{batch} pictures", "times": times, "peak_mib": _peak_mib(at), "max_difference": error}]
 

@@ -27,6 +27,7 @@ DTYPES = ("float32", "float64")
 KERNELS = ("reference", "compiled", "triton")
 DEVICES = ("cpu", "cuda")
 GRAPHS = ("auto", "off")
+CPU_RUNNERS = ("onnx", "openvino")
 PRESETS: dict[str, dict[str, Any]] = {
     # The KL-minimal tilt at a calibrated lambda. Ancestral sampling, because plug-in guidance has no consistent marginals
     # and a stochastic sampler forgets its errors (docs/decisions.md, "Default solver").
@@ -189,7 +190,7 @@ class SampleConfig(Settings):
             raise ConfigError(
                 f"kernels triton: got dtype {self.dtype}, allowed is float32; kernels reference has float64"
             )
-        if self.device != "cpu" and self.runner != "torch":
+        if self.device != "cpu" and self.runner in CPU_RUNNERS:
             raise ConfigError(f"device: got {self.device} with runner {self.runner}, which runs on the CPU; give cpu")
 
     def _check_start(self) -> None:

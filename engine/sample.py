@@ -149,10 +149,11 @@ class Run:
         rows, lam = state.row[slot], state.lam[slot]
         nfe, n_vjp = self._cost(rows, lam)
         x0 = state.x[slot].to(torch.float32)
+        images = self.prior.to_images(x0.to(self.programme.device))
         samples = Samples(
             feature=self.feature.name,
             x0=x0,
-            images=self.prior.to_images(x0),
+            images=None if images is None else images.cpu(),
             activation=activation[slot].to(torch.float32),
             drive=drive[slot].to(torch.float32),
             lam=lam.to(torch.float32),

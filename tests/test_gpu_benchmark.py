@@ -26,6 +26,7 @@ def gpu():
 def at(gpu, tmp_path, monkeypatch):
     """A dry place in a folder of the test's own, with a gate that is no test run."""
     monkeypatch.setattr(gpu.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    monkeypatch.setattr(gpu, "_tiny_bundle", lambda folder: "none")
     return gpu.place(dry=True)
 
 
