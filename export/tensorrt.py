@@ -58,7 +58,7 @@ class Tensorrt:
         with tempfile.TemporaryDirectory() as place:
             for name, graph, example in traced_graphs(prior, feature, self.runner):
                 path = Path(place) / f"{name}.onnx"
-                write_onnx(graph, name, example, path, {})
+                write_onnx(graph, name, example, path, {}, folded=True)
                 started = time.perf_counter()
                 engine, told[name] = build_engine(self.runner, path, targets=self._targets())
                 (folder / f"{name}{SUFFIX}").write_bytes(engine)

@@ -33,8 +33,8 @@ class Limits(NamedTuple):
     smooth: bool
 
 
-# Measured (eager torch, all LEVELS, smooth where it says so) with room for another kernel's summation order. A wrong graph (a lost
-# layer, a swapped axis, another network's weights) is off by 1e-2 and more, its cosine .99 and less.
+# Measured (eager torch, all LEVELS, smooth where it says so) with room for another kernel's summation order. A wrong graph (a
+# lost layer, a swapped axis, another network's weights) is off by 1e-2 and more, its cosine .99 and less.
 LIMITS: dict[torch.dtype, Limits] = {
     torch.float64: Limits(1e-11, 1 - 1e-12, False),  # 1e-12: rounding through about 60 layers and back
     torch.float32: Limits(1e-4, 1 - 1e-6, False),  # 1e-6 to 1e-5: the same; ten times that
