@@ -57,7 +57,9 @@ def write_onnx(
 ) -> None:
     """One graph as a checked ONNX file; inputs and outputs are called as the graph of that `name` calls them, or as given.
 
-    Raises RunnerError without onnx and onnxscript, ExportError where it is not valid."""
+    folded: what is computed from constants is written as a constant (export/fold.py). Raises RunnerError without onnx and
+    onnxscript, ExportError where the file is not valid.
+    """
     onnx = needed("onnx", "onnx")
     needed("onnxscript", "onnx")
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
