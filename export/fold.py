@@ -1,7 +1,7 @@
 """What an exported ONNX graph computes from constants alone, computed; sequences replaced by plain splits: for TensorRT.
 
 torch's exporter leaves axes, shapes and split sizes as chains of nodes over constants; TensorRT wants them to be constants, and
-has no sequences. The exporter's own optimiser does this and more, in a minute a graph; this takes a second. Files for ONNX Runtime
+has no sequences. The exporter's own optimiser does this and more, in a minute a graph; this in a second. Files for ONNX Runtime
 and OpenVINO stay as exported: of a folded one OpenVINO 2026.4 computes a wrong gradient above a batch of one
 (docs/runners.md). Knows ONNX; knows no networks.
 """
