@@ -8,6 +8,7 @@ and OpenVINO stay as exported: of a folded one OpenVINO 2026.4 computes a wrong 
 
 from collections import Counter
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,6 @@ def remove_remarks(model: Any) -> None:
 def fold(model: Any) -> None:
     """Changes `model`, the caller's own. Its inputs, outputs and what it computes stay the same."""
     import onnx
-    import onnx.reference
 
     graph = model.graph
     known = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer if _size(each.dims) <= _LARGEST}
@@ -93,7 +93,8 @@ def _values(
         return None
     if any(attribute.HasField("g") for attribute in node.attribute):  # a body may look at anything
         return None
-    evaluator = onnx.reference.ReferenceEvaluator(node, opsets=opsets)
+    reference: Any = import_module("onnx.reference")  # a module of its own, which onnx does not import
+    evaluator = reference.ReferenceEvaluator(node, opsets=opsets)
     found = evaluator.run(None, {name: known[name] for name in node.input if name})
     if any(np.size(value) > _LARGEST for value in found):
         return None
