@@ -92,7 +92,7 @@ def build_engine(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
-        said = "; ".join(parser.get_error(at).desc() for at in range(parser.num_errors))
+        said = "; ".join(str(parser.get_error(at)) for at in range(parser.num_errors))
         raise ExportError(f"{runner} cannot read {path.name}: {said}")
     config = builder.create_builder_config()
     if targets:

@@ -144,7 +144,7 @@ def test_an_engine_that_the_driver_does_not_load_is_refused(device):
 
 @pytest.mark.slow
 @needs_builder
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_engines_build_for_four_architectures_without_a_gpu(dtype, bundle, tmp_path):
     """Trunk and gradient, any batch to 8: strongly typed, no warning of a fallback; an engine says its size."""
     feature, prior = bundle.feature(ADDRESS).to(dtype), bundle.prior.to(dtype)
