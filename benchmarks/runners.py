@@ -1,11 +1,11 @@
-"""What a guided step costs on each runner, at batch 1 and 8, interleaved in one run; and how long a start takes, cold and from the cache.
+"""What a guided step costs on each runner, at batch 1 and 8, interleaved; and how long a start takes, cold and from the cache.
 
     python benchmarks/runners.py                              # everything built anew: half an hour, most of it runner compile
-    python benchmarks/runners.py --home DIR                   # what DIR holds already is not built, and its cold start not measured
+    python benchmarks/runners.py --home DIR                   # what DIR holds is not built, and has no cold start
 
-Correctness first: a runner that misses its limits (engine/runtime/gate.py) is not timed. Rounds go through all runners in turn, so
-that a drifting machine moves all of them; p20, p50, p80. Appends a line to results/runners.jsonl, with the load average: beside
-other work the numbers say nothing of the machine. Exits 1 where a start from the cache takes 2 s or more beyond imports and models.
+Correctness first: a runner that misses its limits (engine/runtime/gate.py) is not timed. Rounds go through all runners in turn,
+so that a drifting machine moves all of them; p20, p50, p80. Appends a line to results/runners.jsonl, with the load average: with
+other work the numbers say nothing of the machine. Exits 1 where a start from the cache takes 2 s or more after imports.
 """
 
 import argparse

@@ -1,12 +1,14 @@
-"""What an exported ONNX graph computes from constants alone, computed; sequences replaced by plain splits; remarks taken out.
+"""What an exported ONNX graph computes from constants alone, computed; sequences replaced by plain splits: for TensorRT.
 
-torch's exporter leaves axes, shapes and split sizes as chains of nodes over constants; TensorRT wants them to be constants and
-has no sequences. The remarks on every node name folders of the machine it ran on. The exporter's own optimiser does this and
-more, in a minute a graph; this takes a second or two. Knows ONNX; knows no networks.
+torch's exporter leaves axes, shapes and split sizes as chains of nodes over constants; TensorRT wants them to be constants, and
+has no sequences. The exporter's own optimiser does this and more, in a minute a graph; this in a second. Files for ONNX Runtime
+and OpenVINO stay as exported: of a folded one OpenVINO 2026.4 computes a wrong gradient above a batch of one
+(docs/runners.md). Knows ONNX; knows no networks.
 """
 
 from collections import Counter
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -25,10 +27,16 @@ _NEVER = {
 }
 
 
+def remove_remarks(model: Any) -> None:
+    """Take out what the exporter notes on every node: stack traces, which name folders of the machine it ran on."""
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+
+
 def fold(model: Any) -> None:
     """Changes `model`, the caller's own. Its inputs, outputs and what it computes stay the same."""
     import onnx
-    import onnx.reference
 
     graph = model.graph
     known = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer if _size(each.dims) <= _LARGEST}
@@ -37,8 +45,6 @@ def fold(model: Any) -> None:
     opsets = {each.domain: each.version for each in model.opset_import}
     nodes: list[Any] = []
     for node in graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
         for at, name in enumerate(node.input):
             node.input[at] = renamed.get(name, name)
         if node.op_type == "Identity" and node.output[0] not in kept_names:
@@ -87,7 +93,8 @@ def _values(
         return None
     if any(attribute.HasField("g") for attribute in node.attribute):  # a body may look at anything
         return None
-    evaluator = onnx.reference.ReferenceEvaluator(node, opsets=opsets)
+    reference: Any = import_module("onnx.reference")  # a module of its own, which onnx does not import
+    evaluator = reference.ReferenceEvaluator(node, opsets=opsets)
     found = evaluator.run(None, {name: known[name] for name in node.input if name})
     if any(np.size(value) > _LARGEST for value in found):
         return None

@@ -35,7 +35,7 @@ from tiltscope.engine.runtime.exported import (
 )
 from tiltscope.engine.runtime.schedule import Schedule
 from tiltscope.engine.runtime.step import Step
-from tiltscope.export.fold import fold
+from tiltscope.export.fold import fold, remove_remarks
 from tiltscope.export.graphs import traced_graphs
 from tiltscope.export.locate import Run, locate
 from tiltscope.export.trace import StepGraph
@@ -53,10 +53,13 @@ def write_onnx(
     *,
     inputs: Sequence[str] | None = None,
     outputs: Sequence[str] | None = None,
+    folded: bool = False,
 ) -> None:
     """One graph as a checked ONNX file; inputs and outputs are called as the graph of that `name` calls them, or as given.
 
-    Raises RunnerError without onnx and onnxscript, ExportError where it is not valid."""
+    folded: what is computed from constants is written as a constant (export/fold.py). Raises RunnerError without onnx and
+    onnxscript, ExportError where the file is not valid.
+    """
     onnx = needed("onnx", "onnx")
     needed("onnxscript", "onnx")
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
@@ -74,7 +77,9 @@ def write_onnx(
             optimize=False,
         )
     model = program.model_proto
-    fold(model)
+    remove_remarks(model)
+    if folded:
+        fold(model)
     for key, value in metadata.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value

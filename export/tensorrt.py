@@ -58,7 +58,7 @@ class Tensorrt:
         with tempfile.TemporaryDirectory() as place:
             for name, graph, example in traced_graphs(prior, feature, self.runner):
                 path = Path(place) / f"{name}.onnx"
-                write_onnx(graph, name, example, path, {})
+                write_onnx(graph, name, example, path, {}, folded=True)
                 started = time.perf_counter()
                 engine, told[name] = build_engine(self.runner, path, targets=self._targets())
                 (folder / f"{name}{SUFFIX}").write_bytes(engine)
@@ -92,7 +92,7 @@ def build_engine(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
-        said = "; ".join(parser.get_error(at).desc() for at in range(parser.num_errors))
+        said = "; ".join(str(parser.get_error(at)) for at in range(parser.num_errors))
         raise ExportError(f"{runner} cannot read {path.name}: {said}")
     config = builder.create_builder_config()
     if targets:

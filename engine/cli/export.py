@@ -116,7 +116,7 @@ def look_after(arguments: Arguments) -> None:
     from tiltscope.engine.runtime.cache import limit_bytes
 
     removed, in_use = prune() if arguments.prune else (0, [])
-    kept = [
+    kept: list[dict[str, Any]] = [
         {"folder": str(entry.folder), "bytes": entry.size, "last_used": entry.last_used, "key": key}
         for entry, key in cached()
     ]

@@ -41,13 +41,17 @@ def profile_of(batch: int) -> int:
     )
 
 
+def _current_stream(tensor: Tensor) -> Any:
+    return torch.cuda.current_stream(tensor.device)
+
+
 class EngineFiles:
     """FOLDER/<graph>.engine as a RunGraph. Files are opened at their graph's first call; one execution context a profile."""
 
     def __init__(self, folder: Path, runner: str, stream_of: Callable[[Tensor], Any] | None = None) -> None:
         """stream_of: the CUDA stream that a tensor's device is working on (default torch's current one)."""
         self._folder, self._runner = folder, runner
-        self._stream_of = stream_of or (lambda tensor: torch.cuda.current_stream(tensor.device))
+        self._stream_of = stream_of or _current_stream
         self._trt = needed(runner, runner)
         self._log = self._trt.Logger(self._trt.Logger.WARNING)
         self._runtime = self._trt.Runtime(self._log)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tiltscope.export.fold import fold
+from tiltscope.export.fold import fold, remove_remarks
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -90,5 +90,5 @@ def test_no_remark_names_the_machine_it_was_made_on():
     entry = node.metadata_props.add()
     entry.key, entry.value = "trace", "somebody's folder"
     model = model_of(node)
-    fold(model)
+    remove_remarks(model)
     assert b"somebody" not in model.SerializeToString()

@@ -21,7 +21,7 @@ class TransformersTrunk(nn.Module):
         self.model = DINOv3ViTModel(
             DINOv3ViTConfig(
                 image_size=64,
-                patch_size=16,
+                patch_size=8,
                 hidden_size=width,
                 intermediate_size=width,
                 num_hidden_layers=1,

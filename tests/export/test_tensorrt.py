@@ -16,9 +16,10 @@ from tiltscope.engine.runtime.exported import ExportedStep
 from tiltscope.engine.runtime.parity import check, measure
 from tiltscope.engine.runtime.runners import step_for
 from tiltscope.engine.runtime.tensorrt_step import BUCKETS, EngineFiles, profile_of
-from tiltscope.export.graphs import traced_graphs
+from tiltscope.export.graphs import examples
 from tiltscope.export.onnx import write_onnx
 from tiltscope.export.tensorrt import TARGETS, build_engine
+from tiltscope.export.trace import StepNetworks, trace
 
 ADDRESS = "blocks.1:sae:3"
 needs_builder = pytest.mark.skipif(
@@ -143,15 +144,14 @@ def test_an_engine_that_the_driver_does_not_load_is_refused(device):
 
 @pytest.mark.slow
 @needs_builder
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_engines_build_for_four_architectures_without_a_gpu(dtype, bundle, tmp_path):
     """Trunk and gradient, any batch to 8: strongly typed, no warning of a fallback; an engine says its size."""
     feature, prior = bundle.feature(ADDRESS).to(dtype), bundle.prior.to(dtype)
-    graph, example = next(
-        (graph, example) for name, graph, example in traced_graphs(prior, feature, "test") if name == "gradient"
-    )
+    example = examples(prior, feature)["gradient"]
+    graph = trace(StepNetworks(prior.network, feature.trunk), "gradient", example)
     path = tmp_path / "gradient.onnx"
-    write_onnx(graph, "gradient", example, path, {})
+    write_onnx(graph, "gradient", example, path, {}, folded=True)
     engine, told = build_engine("tensorrt_rtx", path, targets=TARGETS, buckets=(1, 8))
     assert len(engine) == told["bytes"] > 1000
     assert told["layers"] > 100

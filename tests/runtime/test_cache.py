@@ -149,17 +149,17 @@ def test_a_build_that_fails_leaves_nothing_and_the_next_one_builds(home):
 
 def test_the_least_recently_used_goes_first_and_what_is_in_use_stays(home, monkeypatch):
     monkeypatch.setenv("TILTSCOPE_CACHE_MIB", "3")
-    for at, name in enumerate(("a", "b", "c")):
+    for at, name in enumerate(("z", "m", "b")):  # not in the order of their names
         obtain_entry(name, fill(2**20))
         os.utime(home / name, (1000 + at, 1000 + at))
     end_of_process(home)
-    obtain_entry("a", fill(1))  # used again: now the latest
+    obtain_entry("z", fill(1))  # used again: now the latest
     obtain_entry("d", fill(2**20))
-    assert visible(home) == ["a", "c", "d"]
+    assert visible(home) == ["b", "d", "z"]
     monkeypatch.setenv("TILTSCOPE_CACHE_MIB", "1")
-    assert [each.name for each in evict(cache.limit_bytes())] == ["c"]
-    # a and d together are beyond the bound, but this process uses them.
-    assert visible(home) == ["a", "d"]
+    assert [each.name for each in evict(cache.limit_bytes())] == ["b"]
+    # z and d together are beyond the bound, but this process uses them.
+    assert visible(home) == ["d", "z"]
 
 
 def test_an_entry_that_another_process_uses_is_not_removed(home):

@@ -1,6 +1,9 @@
 """Runners by name: the hook builds an artefact once, and every load is held to its stored self-test."""
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch
 import tiltscope
 from tiltscope.engine.errors import BundleError, ParityError, RunnerError
 from tiltscope.engine.runtime import runners
-from tiltscope.engine.runtime.artefact import artefact_key
+from tiltscope.engine.runtime.artefact import artefact_key, prune
 from tiltscope.engine.runtime.cache import cache_folder
 from tiltscope.engine.runtime.step import TorchStep
 
@@ -107,6 +110,76 @@ def test_a_step_that_went_wrong_is_refused_at_the_next_load(bundle, mirror):
     assert mirror.builds == 1
 
 
+def test_a_refusal_says_where_the_error_enters_and_which_files_they_are(bundle, mirror):
+    draw(bundle, runner="mirror")
+    mirror.kind = Negated
+    with pytest.raises(ParityError, match=rf"turn .*the error enters in the mirror \(files: .*{artefacts()[0].name}"):
+        draw(bundle, runner="mirror")
+
+
+def test_an_allowed_failure_is_logged_and_stamped_in_the_manifest(bundle, mirror, caplog):
+    right = draw(bundle, runner="mirror")
+    assert right.manifest["parity"]["failure"] is None
+    assert 0 < right.manifest["parity"]["errors"]["grad_a"] < 1e-4
+    mirror.kind = Negated
+    wrong = draw(bundle, runner="mirror", allow_parity_failure=True)
+    assert "the error enters in the mirror" in wrong.manifest["parity"]["failure"]
+    assert wrong.manifest["parity"]["errors"]["turn"] == pytest.approx(2)
+    assert wrong.manifest["config"]["allow_parity_failure"] is True
+    assert "parity failure allowed: runner mirror" in caplog.text
+    assert wrong.manifest["identity"] != right.manifest["identity"]
+    assert draw(bundle).manifest["parity"] == {"errors": None, "failure": None}
+
+
+def test_weights_that_changed_under_one_identity_ask_for_another_artefact(tiny_bundle, mirror):
+    """A network that was trained on, say: an identity says where weights came from, not what they are."""
+    draw(tiltscope.load(str(tiny_bundle)), runner="mirror")
+    for builds, change in enumerate(("prior", "trunk"), start=2):
+        bundle = tiltscope.load(str(tiny_bundle))
+        module = bundle.prior.network.network if change == "prior" else bundle.feature(ADDRESS).trunk
+        next(module.parameters()).data += 1e-3
+        draw(bundle, runner="mirror")
+        assert mirror.builds == builds
+        draw(bundle, runner="mirror")
+        assert mirror.builds == builds
+
+
+def test_an_engine_of_other_weights_is_refused(tiny_bundle, mirror):
+    """As if a builder had taken a file from before the weights changed: the name fits, the numbers do not."""
+    stale = tiltscope.load(str(tiny_bundle))
+    bundle = tiltscope.load(str(tiny_bundle))
+    next(bundle.prior.network.network.parameters()).data[0] *= 1.05
+    mirror.kind = lambda prior, feature: TorchStep(stale.prior, feature)
+    with pytest.raises(ParityError, match="x0_hat"):
+        draw(bundle, runner="mirror")
+
+
+def test_a_dtype_that_a_runner_does_not_have_is_refused_before_it_builds(bundle, mirror):
+    with pytest.raises(RunnerError, match="runner mirror: got dtype bfloat16, allowed here: float32, float64"):
+        runners.build_step("mirror", bundle.prior, bundle.feature(ADDRESS), torch.bfloat16)
+    assert artefacts() == []
+
+
+def test_pruning_removes_what_cannot_be_used_and_leaves_the_rest(bundle, mirror):
+    draw(bundle, runner="mirror")
+    (good,) = artefacts()
+    for name, change in (("a" * 64, "truncate"), ("b" * 64, "version"), ("c" * 64, "undescribed")):
+        other = Path(shutil.copytree(good, good.parent / name))
+        if change == "truncate":
+            (other / "model.txt").write_text("mir")
+        elif change == "version":
+            description = json.loads((other / "artefact.json").read_text())
+            description["key"]["versions"]["torch"] = "0.0"
+            (other / "artefact.json").write_text(json.dumps(description))
+        else:
+            (other / "artefact.json").unlink()
+    (good.parent / ".building-dead").mkdir()
+    removed, in_use = prune()
+    assert (removed, in_use) == (4, [])
+    assert artefacts() == [good]
+    assert not (good.parent / ".building-dead").exists()
+
+
 def test_a_damaged_artefact_is_named(bundle, mirror):
     draw(bundle, runner="mirror")
     (artefacts()[0] / "model.txt").write_text("mirrOr")
@@ -142,4 +215,4 @@ def test_the_key_changes_with_what_an_artefact_depends_on(bundle):
 
 def test_a_runner_nobody_registered():
     with pytest.raises(RunnerError, match="available here: torch"):
-        runners.exporter("tensorrt")
+        runners.exporter("magic")
