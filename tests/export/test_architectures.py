@@ -22,8 +22,8 @@ from tiltscope.export.graphs import examples
 from tiltscope.export.onnx import write_onnx
 from tiltscope.export.trace import StepNetworks, trace
 
-# Off the float64 step, relative to an output's largest value: float32 through a few dozen layers and back; a wrong graph is off by
-# 1e-2. Where eager float32 itself loses more (seen: 2.6e-5 of a gradient, EDM with a gated MLP at norm): twice what it loses.
+# Off the float64 step, relative to an output's largest value: float32 through a few dozen layers and back; a wrong graph is off
+# by 1e-2. Where eager float32 itself loses more (seen: 2.6e-5 of a gradient, EDM with a gated MLP at norm): twice what it loses.
 WITHIN = 1e-5
 PICTURE, LATENT = (3, 64, 64), (4, 8, 8)
 
