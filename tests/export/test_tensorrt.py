@@ -12,7 +12,7 @@ import torch
 import tiltscope
 from tiltscope.engine.cli.main import run
 from tiltscope.engine.errors import ExportError, RunnerError
-from tiltscope.engine.runtime.exported import ExportedStep
+from tiltscope.engine.runtime.exported import INPUTS, ExportedStep
 from tiltscope.engine.runtime.parity import check, measure
 from tiltscope.engine.runtime.runners import step_for
 from tiltscope.engine.runtime.tensorrt_step import BUCKETS, EngineFiles, profile_of
@@ -109,7 +109,7 @@ def device(monkeypatch, tmp_path):
 
 
 def unguided(num):
-    return [torch.randn(num, 3, 4, 4), torch.ones(num), torch.ones(num), torch.ones(num, 8)]
+    return [torch.randn(num, 3, 4, 4), *(torch.ones(num, 8) for _ in INPUTS["unguided"][1:])]
 
 
 def test_a_call_hands_over_addresses_and_enqueues_on_the_callers_stream_in_its_profile(device):
