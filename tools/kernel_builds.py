@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tiltscope.kernels import guided_step, readout
+from tiltscope.kernels import guided_step, readout, resample
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 # A multiprocessor's registers, and the warps and blocks that fit it; CUDA C++ programming guide, "compute capabilities".
@@ -110,14 +110,22 @@ def _readout_variant(name: str, kernel: Any, types: dict[str, str], constants: d
     return Variant(f"{name} ({label})", kernel, types, constants, readout.NUM_WARPS)
 
 
+def resample_variant(weight: str = "fp32", *, ALL: int = 64) -> Variant:
+    """Resampling of log-weights of a type, ALL particles a group."""
+    types = dict.fromkeys(resample.POINTERS, f"*{weight}") | {"ancestor_ptr": "*i64", "due_ptr": "*i1", "num": "i32"}
+    constants = {"ALL": ALL, "CHUNK": min(ALL, max(1, resample.TILE // ALL)), "THRESHOLD": 0.5}
+    return Variant(f"resample ({weight}, {ALL})", resample._resample_kernel, types, constants, resample.NUM_WARPS)
+
+
 def variants() -> list[Variant]:
-    """What the table in docs/kernels.md lists."""
+    """What the table in docs/kernels.md lists: every kernel, every type, every form."""
     forms: tuple[dict[str, bool], ...] = ({}, {"SINGLE": True}, {"ALIGNED": False}, {"CHANNELS_LAST": True})
-    types = ("fp32", "bf16", "fp16")
-    made = [guided_step_variant(network, **form) for network in types for form in forms]
+    made = [guided_step_variant(network, **form) for network in ("fp32", "bf16") for form in forms]
+    made.append(guided_step_variant("fp16"))
     for build in (readout_variant, readout_vjp_variant):
-        made += [build(tokens, ALIGNED=aligned) for tokens in types for aligned in (True, False)]
-    return made
+        made += [build(tokens) for tokens in ("fp32", "bf16", "fp16")]
+        made.append(build(ALIGNED=False))
+    return [*made, resample_variant(), resample_variant(ALL=1024), resample_variant("fp64", ALL=1024)]
 
 
 def compile_for(variant: Variant, target: int) -> Any:
