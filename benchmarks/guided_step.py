@@ -3,7 +3,8 @@ moves: operations dispatched and bytes read and written, counted, beside the fus
 
 The gate comes first: an implementation that is not the definition, or a sample that its batch mates change, is not timed. Both
 are timed in turns in one process, so that a drifting machine moves both. Exits 1 where the aim is missed: 3 times faster for
-eight pictures, 5 times fewer bytes. One small picture is mostly calls: it is shown, and aims at nothing. Appends a line to results/guided_step.jsonl.
+eight pictures, 5 times fewer bytes. One small picture is mostly calls: it is shown, and aims at nothing.
+Appends a line to results/guided_step.jsonl.
 
     python benchmarks/guided_step.py        one thread; a few minutes, most of them compiling
 """
