@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _COLUMNS = 11
+MAX_PARTICLES = 4096  # of a group, with kernels 'triton': one program holds them all
 
 
 def is_dense(x: Tensor, *, channels_last: bool) -> bool:
@@ -241,23 +242,27 @@ def _guided_step_fake(
 def resample(
     log_weight: Tensor, u: Tensor, threshold: float = 0.5, *, implementation: Implementation = "reference"
 ) -> Resampled:
-    """reference.resample by the implementation asked for. log_weight [group, particle], u [group], of one dtype.
+    """reference.resample by the implementation asked for. log_weight [group, particle], u [group], float32 or float64.
 
-    Raises ConfigError, RunnerError.
+    triton: at most MAX_PARTICLES particles a group. Raises ConfigError, RunnerError.
     """
     require_implementation(implementation, log_weight.device)
     require(log_weight.dtype in STATE_DTYPES, "log_weight", log_weight.dtype, " or ".join(map(str, STATE_DTYPES)))
     shape = f"shape {list(log_weight.shape)}"
     require(log_weight.dim() == 2 and log_weight.numel() > 0, "log_weight", shape, "[group, particle], neither empty")
     require_like("u", u, log_weight.shape[:1], STATE_DTYPES, log_weight.device)
+    if implementation == "triton":
+        few = f"at most {MAX_PARTICLES} particles a group with kernels 'triton'"
+        require(log_weight.shape[1] <= MAX_PARTICLES, "log_weight", shape, few)
     return Resampled(*torch.ops.tiltscope.resample(log_weight, u, threshold, implementation))
 
 
 @torch.library.custom_op("tiltscope::resample", mutates_args=())
 def _resample(log_weight: Tensor, u: Tensor, threshold: float, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
     if implementation == "triton":
-        raise ConfigError("resample: kernels 'triton' have none yet; use kernels 'reference'")
-    run = compiled(reference.resample) if implementation == "compiled" else reference.resample
+        from tiltscope.kernels.resample import resample as run
+    else:
+        run = compiled(reference.resample) if implementation == "compiled" else reference.resample
     made = run(log_weight, u, threshold)
     count_call("resample", implementation)
     return made.ancestor.clone(), made.log_mean, made.due

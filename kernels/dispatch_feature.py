@@ -106,7 +106,7 @@ def _readout_vjp(
         run = reference_feature.readout_vjp
         run = compiled(run) if implementation == "compiled" else run
     given = (activation_bar, drive_bar, pre, direction, threshold, weight, pooling, mask)
-    made = run(*(each.contiguous() for each in given), dtype)
+    made = run(*[each.contiguous() for each in given], dtype)  # type: ignore[call-arg]
     count_call("readout_vjp", implementation)
     return made
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from tiltscope.kernels.reference_feature import LSE_TEMPERATURE, ReadOut
 
 TOKENS = 32  # tokens a program takes at a time
+VJP_TOKENS = 16  # tokens a program of the VJP writes
 WIDTH = 128  # channels at a time
 NUM_WARPS = 4
 _ONE_OVER_T = 1 / LSE_TEMPERATURE
@@ -47,7 +48,7 @@ VJP_POINTERS = (
     "tokens_bar_ptr",
 )
 SIZES = ("rows", "num_tokens", "width")
-_LOWEST = tl.constexpr(-8.507059173023462e37)  # float32's lowest / 4: finite, so that 0 times it is 0
+_LOWEST = tl.constexpr(-1e37)  # below every value, and finite when divided by T
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def _streamed(v, inside, top, total, power, INVERSE: tl.constexpr):
     """The running (maximum, sum, sum of exp((v - maximum) / T)) after some more values."""
     higher = tl.maximum(top, tl.max(tl.where(inside, v, _LOWEST)))
     total += tl.sum(tl.where(inside, v, 0.0))
-    fresh = tl.sum(tl.where(inside, tl.exp((v - higher) * INVERSE), 0.0))
+    fresh = tl.sum(tl.exp(tl.where(inside, v - higher, _LOWEST) * INVERSE))  # exp of the lowest is 0
     return higher, total, power * tl.exp((top - higher) * INVERSE) + fresh
 
 
@@ -133,9 +134,10 @@ def _slope(v, here, inside, here_inside, m0, m1, m2, count, INVERSE: tl.constexp
     """pool's slope at `here`, some of the values v."""
     top = tl.max(tl.where(inside, v, _LOWEST))
     ties = tl.sum(tl.where(inside & (v == top), 1.0, 0.0))
-    power = tl.sum(tl.where(inside, tl.exp((v - top) * INVERSE), 0.0))
+    power = tl.sum(tl.exp(tl.where(inside, v - top, _LOWEST) * INVERSE))
     highest = tl.where(here == top, m0 / ties, 0.0)
-    return tl.where(here_inside, highest + m1 / count + m2 * tl.exp((here - top) * INVERSE) / power, 0.0)
+    ratio = tl.exp(tl.where(here_inside, here - top, _LOWEST) * INVERSE) / power
+    return tl.where(here_inside, highest + m1 / count + m2 * ratio, 0.0)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=(*VJP_POINTERS, *SIZES))
@@ -247,7 +249,7 @@ def readout_vjp(
     width = direction.shape[2]
     made = direction.new_empty(batch, num_tokens, width, dtype=dtype)
     launch: Any = _readout_vjp_kernel
-    launch[(batch, -(-num_tokens // TOKENS), -(-width // WIDTH))](
+    launch[(batch, -(-num_tokens // VJP_TOKENS), -(-width // WIDTH))](
         activation_bar,
         drive_bar,
         pre,
@@ -260,7 +262,7 @@ def readout_vjp(
         rows,
         num_tokens,
         width,
-        TOKENS=TOKENS,
+        TOKENS=VJP_TOKENS,
         WIDTH=WIDTH,
         ALL=triton.next_power_of_2(num_tokens),
         INVERSE=_ONE_OVER_T,

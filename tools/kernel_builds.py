@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tiltscope.kernels import guided_step
+from tiltscope.kernels import guided_step, readout, resample
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 # A multiprocessor's registers, and the warps and blocks that fit it; CUDA C++ programming guide, "compute capabilities".
@@ -85,10 +85,47 @@ def guided_step_variant(network: str = "fp32", **constants: Any) -> Variant:
     return Variant(f"guided_step ({label})", guided_step._guided_step_kernel, types, chosen, guided_step.NUM_WARPS)
 
 
+def readout_variant(tokens: str = "fp32", *, ALIGNED: bool = True) -> Variant:
+    """The readout of tokens of a type."""
+    types = dict.fromkeys(readout.POINTERS, "*fp32") | {"tokens_ptr": f"*{tokens}", "mask_ptr": "*i1"}
+    constants = {"TOKENS": readout.TOKENS, "WIDTH": readout.WIDTH, **_readout_constants(ALIGNED)}
+    constants["T"] = readout.LSE_TEMPERATURE
+    return _readout_variant("readout", readout._readout_kernel, types, constants, tokens)
+
+
+def readout_vjp_variant(tokens: str = "fp32", *, ALIGNED: bool = True, ALL: int = 512) -> Variant:
+    """Its VJP, for at most ALL tokens."""
+    types = dict.fromkeys(readout.VJP_POINTERS, "*fp32") | {"tokens_bar_ptr": f"*{tokens}", "mask_ptr": "*i1"}
+    constants = {"TOKENS": readout.VJP_TOKENS, "WIDTH": readout.WIDTH, "ALL": ALL, **_readout_constants(ALIGNED)}
+    return _readout_variant("readout_vjp", readout._readout_vjp_kernel, types, constants, tokens)
+
+
+def _readout_constants(aligned: bool) -> dict[str, Any]:
+    return {"INVERSE": 1 / readout.LSE_TEMPERATURE, "ALIGNED": aligned}
+
+
+def _readout_variant(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], tokens: str) -> Variant:
+    label = tokens if constants["ALIGNED"] else f"{tokens}, not aligned"
+    types |= dict.fromkeys(readout.SIZES, "i32")
+    return Variant(f"{name} ({label})", kernel, types, constants, readout.NUM_WARPS)
+
+
+def resample_variant(weight: str = "fp32", *, ALL: int = 64) -> Variant:
+    """Resampling of log-weights of a type, ALL particles a group."""
+    types = dict.fromkeys(resample.POINTERS, f"*{weight}") | {"ancestor_ptr": "*i64", "due_ptr": "*i1", "num": "i32"}
+    constants = {"ALL": ALL, "CHUNK": min(ALL, max(1, resample.TILE // ALL)), "THRESHOLD": 0.5}
+    return Variant(f"resample ({weight}, {ALL})", resample._resample_kernel, types, constants, resample.NUM_WARPS)
+
+
 def variants() -> list[Variant]:
-    """What the table in docs/kernels.md lists."""
+    """What the table in docs/kernels.md lists: every kernel, every type, every form."""
     forms: tuple[dict[str, bool], ...] = ({}, {"SINGLE": True}, {"ALIGNED": False}, {"CHANNELS_LAST": True})
-    return [guided_step_variant(network, **form) for network in ("fp32", "bf16", "fp16") for form in forms]
+    made = [guided_step_variant(network, **form) for network in ("fp32", "bf16") for form in forms]
+    made.append(guided_step_variant("fp16"))
+    for build in (readout_variant, readout_vjp_variant):
+        made += [build(tokens) for tokens in ("fp32", "bf16", "fp16")]
+        made.append(build(ALIGNED=False))
+    return [*made, resample_variant(), resample_variant(ALL=1024), resample_variant("fp64", ALL=1024)]
 
 
 def compile_for(variant: Variant, target: int) -> Any:

@@ -8,6 +8,7 @@ import torch
 from kernel_builds import Variant, compile_for
 from kernel_cases import GuidedCase
 from ptx_executor import Kernel, Seen, launch
+from readout_cases import ReadoutCase
 from torch import Tensor
 
 from tiltscope.kernels.reference import GuidedStep
@@ -60,3 +61,29 @@ def run_guided_step(
     if variant.constants["CHANNELS_LAST"]:
         x, history = x.permute(0, 3, 1, 2), history.permute(0, 3, 1, 2)
     return GuidedStep(x, history, *rest), seen
+
+
+def run_readout(
+    variant: Variant, vjp: Variant, target: int, case: ReadoutCase, *, change: Callable[[str], str] = str
+) -> tuple[Tensor, Tensor, Tensor, Seen, Seen]:
+    """-> activation, drive and the tokens' cotangent of the two compiled kernels, and what each did.
+
+    change: of both kernels' PTX, to plant a defect. The cotangent has the type of the tokens.
+    """
+    batch, num_tokens, width = case.tokens.shape
+    rows = case.direction.shape[1]
+    pooled, pre = np.full((batch, rows, 2), np.nan, np.float32), np.full((batch, rows, num_tokens), np.nan, np.float32)
+    bar = torch.full(case.tokens.shape, torch.nan, dtype=case.tokens.dtype)
+    tokens, direction, bias, threshold, weight, pooling, mask, *bars = map(as_memory, case)
+    sizes = [rows, num_tokens, width]
+    made = compile_for(variant, target)
+    memory = [tokens, direction, bias, threshold, pooling, mask, pooled, pre, *sizes]
+    forward = launch(Kernel(change(made.asm["ptx"])), batch * rows, memory, made.metadata.shared)
+    made = compile_for(vjp, target)
+    out = as_memory(bar)
+    memory = [*bars, pre, direction, threshold, weight, pooling, mask, out, *sizes]
+    grid = (batch, -(-num_tokens // vjp.constants["TOKENS"]), -(-width // vjp.constants["WIDTH"]))
+    backward = launch(Kernel(change(made.asm["ptx"])), grid, memory, made.metadata.shared)
+    activation, drive = (case.weight[..., None] * torch.from_numpy(pooled)).sum(1).unbind(1)
+    cotangent = torch.from_numpy(out)
+    return activation, drive, cotangent.view(bar.dtype), forward, backward

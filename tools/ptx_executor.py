@@ -182,7 +182,7 @@ _COMPARE: dict[str, Callable[[Values, Values], Values]] = {
     "ge": np.greater_equal,
 }
 _REDUCTIONS: dict[str, Callable[..., Values]] = {"max": np.fmax, "min": np.fmin, "add": np.add}
-_CONTROL = {"ld", "st", "atom", "bra", "ret", "bar", "shfl", "redux", "mov", "cvta"}
+_CONTROL = {"ld", "st", "atom", "bra", "ret", "bar", "shfl", "redux", "ldmatrix", "stmatrix", "mov", "cvta"}
 _INT_TYPES = {name for name in DTYPES if name[0] in "us"}
 _BIT_TYPES = {name for name in DTYPES if name[0] == "b"} | {"pred"}
 Meaning = tuple[str, Callable[..., Values]]  # the operands' type, and the function of them
@@ -235,9 +235,14 @@ class Block:
     """The registers and the run of one block."""
 
     def __init__(
-        self, kernel: Kernel, number: int, arguments: Sequence[int], memory: BlockMemory, approximation: float
+        self,
+        kernel: Kernel,
+        place: tuple[int, int, int],
+        arguments: Sequence[int],
+        memory: BlockMemory,
+        approximation: float,
     ) -> None:
-        self._kernel, self._number, self._memory = kernel, number, memory
+        self._kernel, self._place, self._memory = kernel, place, memory
         self._values = dict(zip(kernel.params, arguments, strict=True))
         self._registers: dict[str, Values] = {}
         self._size = kernel.threads
@@ -246,9 +251,11 @@ class Block:
     def read(self, operand: str, kind: str) -> Values:
         """An operand, one value a thread, as the type `kind`."""
         dtype, n = np.dtype(DTYPES[kind]), self._size
-        special = {"%tid.x": np.arange(n), "%ctaid.x": self._number, "%laneid": np.arange(n) % 32, "%ntid.x": n}
-        if operand in special or operand in ("%ctaid.y", "%ctaid.z"):
-            return np.broadcast_to(np.asarray(special.get(operand, 0)).astype(dtype), (n,))
+        x, y, z = self._place
+        special: dict[str, Any] = {"%tid.x": np.arange(n), "%laneid": np.arange(n) % 32, "%ntid.x": n}
+        special |= {"%ctaid.x": x, "%ctaid.y": y, "%ctaid.z": z}
+        if operand in special:
+            return np.broadcast_to(np.asarray(special[operand]).astype(dtype), (n,))
         if operand.startswith("%"):
             if operand not in self._registers:
                 if operand in self._kernel.assigned:
@@ -381,6 +388,41 @@ class Block:
             values[active] = np.ascontiguousarray(loaded[:, place * item : (place + 1) * item]).view(DTYPES[kind])[:, 0]
             self.write(register, values, active)
 
+    def matrix(self, each: Instruction, active: Values) -> None:
+        """ldmatrix, stmatrix: 8x8 matrices of 16 bits.
+
+        Thread 8 i + r of a warp says where row r of matrix i lies. A register of thread t holds element (t / 4, 2 (t % 4)) and
+        the one to its right; transposed, those of the transpose.
+        """
+        name, *mods = each.op
+        if (
+            mods[:3] != ["sync", "aligned", "m8n8"]
+            or mods[-2:] != ["shared", "b16"]
+            or mods[3] not in ("x1", "x2", "x4")
+        ):
+            raise PTXError(f"unknown instruction: {each.text}")
+        if not active.all():
+            raise PTXError(f"{each.text}: only where every thread reaches it")
+        transposed = "trans" in mods
+        registers = _list(each.args[0 if name == "ldmatrix" else 1])
+        address = self.address(each.args[1 if name == "ldmatrix" else 0], "shared").reshape(-1, 32)
+        lane = np.arange(32)
+        for number, register in enumerate(registers):
+            # Every lane's access to the two elements of its register, one after the other.
+            parts: list[Values] = []
+            values = self.read(register, "b32").reshape(-1, 32) if name == "stmatrix" else None
+            for half in (0, 1):
+                line, column = (2 * (lane % 4) + half, lane // 4) if transposed else (lane // 4, 2 * (lane % 4) + half)
+                at = (address[:, 8 * number + line] + (2 * column).astype(np.uint64)).reshape(-1)
+                if values is None:
+                    parts.append(self._memory.load(at, 2, active, each.text))
+                else:
+                    piece = (values >> np.uint32(16 * half)).astype(np.uint16).reshape(-1, 1)
+                    self._memory.store(at, np.ascontiguousarray(piece).view(np.uint8), active, each.text)
+            if values is None:
+                loaded = np.ascontiguousarray(np.concatenate(parts, 1)).view(np.uint32)[:, 0]
+                self.write(register, loaded, active)
+
     def move(self, each: Instruction, active: Values) -> None:
         name, *mods = each.op
         if (name, mods[0]) != ("cvta", "to") and len(mods) != 1:
@@ -436,6 +478,8 @@ class Block:
                 self.write(
                     each.args[0].split("|")[0], self.read(each.args[1], "b32")[np.arange(n) ^ int(each.args[2])], active
                 )
+            elif name in ("ldmatrix", "stmatrix"):
+                self.matrix(each, active)
             elif name == "redux":
                 _, order, how, kind = each.op if len(each.op) == 4 else (*each.op[:2], "", "")
                 known = how in _REDUCTIONS and kind in ("s32", "u32", "f32") and not (how == "add" and kind == "f32")
@@ -486,18 +530,27 @@ class Seen:
 
 
 def launch(
-    kernel: Kernel, grid: int, arguments: Sequence[Any], shared_bytes: int, *, approximation: float = 0.0
+    kernel: Kernel,
+    grid: int | tuple[int, int, int],
+    arguments: Sequence[Any],
+    shared_bytes: int,
+    *,
+    approximation: float = 0.0,
 ) -> Seen:
-    """Runs `grid` blocks. arguments: integers, and numpy arrays, which are written in place as device memory is."""
+    """Runs a grid of blocks, the first coordinate fastest.
+
+    arguments: integers, and numpy arrays, which are written in place as device memory is.
+    """
     memory = Memory()
     numbers = [
         memory.add(at + 2, each) if isinstance(each, np.ndarray) else int(each) for at, each in enumerate(arguments)
     ]
     numbers += [0] * (len(kernel.params) - len(numbers))  # triton's scratch pointers, which these kernels do not use
     reached: set[int] = set()
-    for block in range(grid):
+    sizes = (grid, 1, 1) if isinstance(grid, int) else grid
+    for block, (z, y, x) in enumerate(np.ndindex(*sizes[::-1])):
         view = BlockMemory(memory, block, kernel.threads, max(shared_bytes, 16))
-        reached |= Block(kernel, block, numbers, view, approximation).run()
+        reached |= Block(kernel, (x, y, z), numbers, view, approximation).run()
     for at, each in enumerate(arguments):
         if isinstance(each, np.ndarray):
             each[...] = memory.buffers[at + 2].data.view(each.dtype).reshape(each.shape)

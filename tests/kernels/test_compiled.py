@@ -1,12 +1,13 @@
-"""The compiled guided step, executed: for every target what ptxas would be given is the definition, moves each byte once, and
-the defects that matter are seen. The executor itself is tested in test_ptx_executor.py."""
+"""The compiled guided step and readout, executed: for every target what ptxas would be given is the definition, moves each
+byte once, and the defects that matter are seen. The executor itself: test_ptx_executor.py."""
 
 import pytest
 import torch
-from kernel_builds import TARGETS, guided_step_variant, usage_of
+from kernel_builds import TARGETS, guided_step_variant, readout_variant, readout_vjp_variant, usage_of
 from kernel_cases import check_guided_step, guided_case
-from kernel_runs import GRAD_A, HISTORY, HISTORY_OUT, X0_HAT, X_OUT, X, run_guided_step
+from kernel_runs import GRAD_A, HISTORY, HISTORY_OUT, X0_HAT, X_OUT, X, run_guided_step, run_readout
 from ptx_executor import PTXError
+from readout_cases import check_readout, readout_case
 
 ALIGNED, ODD = guided_step_variant(), guided_step_variant(ALIGNED=False)
 
@@ -98,7 +99,7 @@ def swap(old, new):
 @pytest.mark.parametrize(
     ("variant", "n", "options", "says"),
     [
-        pytest.param(ODD, 1029, {"change": unmask_stores}, "out of bounds", id="a broken mask"),
+        pytest.param(ODD, 1029, {"change": unmask_stores}, "out of bounds|another block wrote", id="a broken mask"),
         pytest.param(ODD, 1029, {"short_by": 1}, "out of bounds", id="an output one element short"),
         pytest.param(ALIGNED, 1029, {}, "misaligned", id="a false promise of divisibility"),
         pytest.param(ALIGNED, 1028, {"change": without("bar.sync")}, "no barrier between", id="no barrier"),
@@ -131,11 +132,63 @@ def test_no_stack_no_spills_wide_access_and_few_enough_registers(target):
     ):
         usage = usage_of(variant, target)
         assert (usage.stack, usage.local, usage.shared) == (0, 0, 16)
-        assert usage.registers <= 64
-        assert usage.occupancy >= 0.5
+        # 64 but for the form of small samples on sm_100 and sm_120, whose packed arithmetic takes pairs.
+        assert usage.registers <= (72 if target >= 100 and variant.constants["SINGLE"] else 64)
+        assert usage.occupancy >= 0.43
         # 8 elements a thread: two 128-bit loads of each float32 tensor; 16-bit ones in 64 bits, for the sake of the layout.
         assert usage.wide == ((8 if "fp32" in variant.name else 4), 4)
     for variant in (ODD, guided_step_variant(CHANNELS_LAST=True)):
         usage = usage_of(variant, target)
         assert (usage.stack, usage.local) == (0, 0)
         assert usage.registers <= 96
+
+
+def checked_readout(target, shape, tokens, *, aligned, **options):
+    name, dtype = tokens
+    case = readout_case(*shape)
+    case = case._replace(tokens=case.tokens.to(dtype))
+    variants = readout_variant(name, ALIGNED=aligned), readout_vjp_variant(name, ALIGNED=aligned, ALL=32)
+    activation, drive, bar, forward, backward = run_readout(*variants, target, case, **options)
+    check_readout(activation, drive, bar, case)
+    # One row: the tokens are read once. Every byte of what is made is written once: pooled, pre; the cotangent.
+    assert forward.reads(0) == {shape[3]}
+    assert forward.writes(6) == forward.writes(7) == backward.writes(8) == {1}
+    return forward, backward
+
+
+FLOAT = "fp32", torch.float32
+
+
+def test_the_readouts_code_for_one_target_is_the_definition():
+    forward, backward = checked_readout(90, (1, 19, 136, 1), FLOAT, aligned=True)
+    assert forward.widths(0, "ld") == {16}
+    assert backward.widths(8, "st") == {16}
+    assert min(forward.executed, backward.executed) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_readouts_code_for_every_target_is_the_definition(target):
+    for shape, tokens, aligned in (
+        ((2, 19, 136, 3), FLOAT, True),
+        ((1, 17, 136, 1), ("bf16", torch.bfloat16), True),
+        ((1, 17, 136, 1), ("fp16", torch.float16), True),
+        ((2, 9, 13, 2), FLOAT, False),
+    ):
+        seen = checked_readout(target, shape, tokens, aligned=aligned)
+        print(
+            f"sm_{target} {shape} {tokens[0]}: {', '.join(f'{each.executed:.1%}' for each in seen)} of instructions executed"
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "aligned", "change", "says"),
+    [
+        pytest.param((2, 9, 13, 1), False, unmask_stores, "out of bounds|another block wrote", id="a broken mask"),
+        pytest.param((2, 9, 13, 1), True, str, "misaligned", id="a false promise of divisibility"),
+        pytest.param((1, 9, 16, 1), True, without("bar.sync"), "no barrier between", id="no barrier"),
+    ],
+)
+def test_a_defect_planted_in_the_readout_is_seen(shape, aligned, change, says):
+    with pytest.raises(PTXError, match=says):
+        checked_readout(90, shape, FLOAT, aligned=aligned, change=change)

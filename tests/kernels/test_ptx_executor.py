@@ -149,7 +149,8 @@ def test_threads_that_leave_a_loop_at_different_times_meet_again():
             "setp.eq.b32 %p1, %r1, 0;\n@%p1 st.shared.b32 [global_smem], %r1;\nld.shared.b32 %r5, [global_smem];",
             "no barrier",
         ),
-        ("mov.b32 %r6, 0;\n st.shared.b32 [%r6], 1;", "two warps store"),
+        ("mov.b32 %r6, 0;\n st.shared.b32 [%r6], 1;\n ld.shared.b32 %r5, [%r6];", "no barrier between"),
+        ("mov.b32 %r6, 0;\n st.shared.b32 [%r6], %r1;", "different values to one address"),
         ("setp.lt.u32 %p1, %r1, 40;\n@%p1 bar.sync 0;", "reach the barrier"),
         (
             "setp.eq.b32 %p1, %r1, 7;\n@%p1 mov.b32 %r9, 1;\nadd.s32 %r5, %r8, 1;\nmov.b32 %r8, 1;",
