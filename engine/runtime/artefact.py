@@ -38,6 +38,8 @@ from tiltscope.engine.runtime.gate import SelfTest
 
 DESCRIPTION, SELF_TEST = "artefact.json", "selftest.safetensors"
 SCHEMA_VERSION = 2
+# What graphs take and give, in which order; another number for every change, so that files of an older form are not opened.
+GRAPH_FORM = 2
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def artefact_key(
     readout = feature.readout
     return {
         "kind": kind,
+        "form": GRAPH_FORM,
         "prior": prior.identity,
         "shape": list(prior.shape),
         # One engine serves every feature of a hook: only the shape of the readout is built in. A custom feature is built in.
