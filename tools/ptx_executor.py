@@ -13,6 +13,7 @@ twice, which is one unit in the last place, rarely. Source: PTX ISA, NVIDIA.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -143,8 +144,8 @@ _ARITHMETIC: dict[str, Callable[..., Values]] = {"add": np.add, "sub": np.subtra
 _FLOAT: dict[str, Callable[..., Values]] = {
     **_ARITHMETIC,
     "fma": _FMA,
-    "max": np.fmax,
-    "min": np.fmin,
+    "max": lambda *v: reduce(np.fmax, v),  # of two, or of three from sm_100 on
+    "min": lambda *v: reduce(np.fmin, v),
     "abs": np.abs,
     "neg": np.negative,
     "div": _exact(np.divide),

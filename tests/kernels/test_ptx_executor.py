@@ -106,6 +106,10 @@ A, B = ((T * number % 2**32).astype(np.uint32) for number in (2654435769, 101390
         ("mov.b32 %r6, 0f7FC00000;\n setp.le.f32 %p1, %r6, %r6;\n selp.b32 %r5, 1, 0, %p1;", T * 0),
         ("mov.b32 %r6, 0f7FC00000;\n setp.leu.f32 %p1, %r6, %r6;\n selp.b32 %r5, 1, 0, %p1;", T * 0 + 1),
         ("shfl.sync.bfly.b32 %r5, %r1, 5, 31, -1;", T ^ 5),
+        (
+            "cvt.rn.f32.u32 %r6, %r1;\n mov.b32 %r7, 0f41F00000;\n max.f32 %r5, %r6, %r6, %r7;",
+            np.maximum(T, 30).astype(np.float32).view(np.uint32),
+        ),
         ("redux.sync.max.s32 %r5, %r3, -1;", np.repeat(A.view(np.int32).reshape(2, 32).max(1), 32)),
         ("redux.sync.add.s32 %r5, %r1, -1;", np.repeat(T.reshape(2, 32).sum(1), 32)),
     ],
