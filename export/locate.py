@@ -54,8 +54,10 @@ class TappedNetworks(StepNetworks):
                 x0_hat = self.denoise(x, *rest[: len(CONDITIONING)])
                 _, drive = read(self.trunk(x0_hat), Readout(*rest[len(CONDITIONING) :]))
                 kept = [(name, output) for name, output in seen if output.requires_grad]
-                grads: Sequence[Tensor | None] = torch.autograd.grad(
-                    drive.sum(), [*(output for _, output in kept), x], allow_unused=True
+                # allow_unused leaves None where nothing flows, which torch's own types do not say.
+                grads = cast(
+                    tuple[Tensor | None, ...],
+                    torch.autograd.grad(drive.sum(), [*(output for _, output in kept), x], allow_unused=True),
                 )
         finally:
             for hook in hooks:
