@@ -8,6 +8,7 @@ The graph is traced, exported and run by the same engine as the one that failed.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +56,7 @@ class TappedNetworks(StepNetworks):
                 _, drive = read(self.trunk(x0_hat), Readout(*rest[len(CONDITIONING) :]))
                 kept = [(name, output) for name, output in seen if output.requires_grad]
                 # allow_unused leaves None where nothing flows, which torch's own types do not say.
-                grads = cast(
-                    tuple[Tensor | None, ...],
-                    torch.autograd.grad(drive.sum(), [*(output for _, output in kept), x], allow_unused=True),
-                )
+                grads: Any = torch.autograd.grad(drive.sum(), [*(output for _, output in kept), x], allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
