@@ -54,7 +54,7 @@ def draw(*, denoise=None, activation=None, **settings):
         ({"log_tilt": "target(1)", "lam": None, "target_activation": 1.0}, "its own level"),
         ({"log_tilt": "capped"}, "cap is missing"),
         ({"preset": "best"}, "preset: got 'best', allowed are calibrated, fast, paper_exact"),
-        ({"runner": "magic"}, "runner: got 'magic', allowed are torch, onnx, openvino"),
+        ({"runner": "magic"}, "runner: got 'magic', allowed are torch, compile, onnx, openvino"),
         ({"dtype": "int8"}, "dtype: got 'int8'"),
         ({"particles": 0}, "particles: got 0"),
         ({"particles": 4097}, "particles: got 4097"),

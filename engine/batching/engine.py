@@ -6,6 +6,8 @@ import itertools
 import threading
 import time
 from collections import deque
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -82,6 +84,7 @@ class Engine:
         self._pending = 0
         self._changed = threading.Condition()
         self._between_ticks = threading.Lock()
+        self._visitors = 0
         self._preparing = threading.Lock()
         self._closing = False
         self._names = itertools.count()
@@ -132,7 +135,7 @@ class Engine:
 
     def counts(self) -> Counts:
         """How much waits, is being drawn, and how full the batches were."""
-        with self._between_ticks:
+        with self._paused():
             return self._scheduler.counts()
 
     def checkpoint(self, path: str | Path) -> None:
@@ -140,7 +143,7 @@ class Engine:
 
         Engine.resume goes on from there bit for bit. Raises ConfigError for a request whose feature is a function.
         """
-        with self._between_ticks:
+        with self._paused():
             self._take_in()
             self._scheduler.settle()
             write_checkpoint(Path(path), self._scheduler.requests)
@@ -229,9 +232,24 @@ class Engine:
             while self._incoming:
                 self._scheduler.add(self._incoming.popleft())
 
+    @contextmanager
+    def _paused(self) -> Generator[None]:
+        """Between two ticks. The thread lets visitors pass: it would take the lock again before they wake up."""
+        with self._changed:
+            self._visitors += 1
+        try:
+            with self._between_ticks:
+                yield
+        finally:
+            with self._changed:
+                self._visitors -= 1
+                self._changed.notify_all()
+
     def _work(self) -> None:
         torch.set_num_threads(self._num_threads)
         while True:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._visitors)
             with self._between_ticks:
                 self._take_in()
                 busy = self._scheduler.step()

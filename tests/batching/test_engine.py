@@ -247,6 +247,7 @@ def checkpointed(bundle, path, asked):
         engine.submit(feature, name=str(at), **settings)
     while engine.counts().advanced < 20:
         pass
+    assert engine.tickets, "nothing is left to be checkpointed"
     engine.checkpoint(path)
     engine.close(cancel=True)
 

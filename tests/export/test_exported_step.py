@@ -310,7 +310,7 @@ def test_export_on_the_command_line(tiny_bundle, home, capsys):
     [
         (("--runner", "torch"), "torch is the reference"),
         (("--runner", "magic"), "runner: got 'magic'"),
-        (("--batch", "0"), "batch: got 0"),
+        (("--batch", "0"), "batch: got [0], allowed are whole numbers from 1"),
         (("--dtype", "int8"), "dtype: got 'int8'"),
         (("--hook", "blocks.99"), "hook"),
     ],

@@ -107,7 +107,9 @@ def test_compiled_without_a_compiler_is_refused(monkeypatch):
     from torch._inductor.exc import InvalidCxxCompiler
 
     def none() -> str:
-        raise InvalidCxxCompiler
+        raise InvalidCxxCompiler.__new__(
+            InvalidCxxCompiler
+        )  # its own __init__ reads settings that a test may have hidden
 
     implementation.require_compiler.cache_clear()
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
