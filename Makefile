@@ -16,7 +16,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
-SHARDS := 2
+SHARDS := 6
 # What `make demo` explains: FEATURE=blocks.5:sae:12 make demo
 FEATURE ?= blocks.5:sae:1169
 
