@@ -120,7 +120,7 @@ def test_compiled_without_a_compiler_is_refused(monkeypatch):
 COMPILED = """
 import sys, torch
 sys.path.append("tools")
-from kernel_cases import guided_case
+from kernel_cases import check_guided_step, guided_case
 from tiltscope.kernels import dispatch
 
 case = guided_case(7, (3, 6, 7))
