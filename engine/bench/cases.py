@@ -139,7 +139,9 @@ def update(options: Options) -> Iterator[Line]:
             try:
                 require_implementation(name, torch.device("cpu"))
             except RunnerError as error:
-                yield Line(case="update", setting=f"batch {batch}", way=name, timing=None, refused=str(error))
+                yield Line(
+                    case="update", setting=f"batch {batch}", way=name, timing=None, refused=str(error).partition(";")[0]
+                )
                 continue
             ways[name] = partial(guided_step, **arguments, implementation=name)
         moved = 6 * 4 * arguments["x"].numel()
