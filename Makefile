@@ -72,6 +72,7 @@ types: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(RUN) benchmarks/import_time.py
+	$(VENV)/bin/tiltscope bench --out benchmarks/results/bench.jsonl
 	$(RUN) benchmarks/guided_step.py
 
 # Compiled ahead of time for six targets, without a device: some minutes.
