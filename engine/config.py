@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from tiltscope.engine.choice import describe_choice, parse_choice
 from tiltscope.engine.errors import ConfigError
+from tiltscope.engine.presets import PRESETS
 
 MAX_NUM = 1_000_000
 MAX_BATCH = 1024
@@ -28,25 +29,6 @@ KERNELS = ("reference", "compiled", "triton")
 DEVICES = ("cpu", "cuda")
 GRAPHS = ("auto", "off")
 CPU_RUNNERS = ("onnx", "openvino")
-PRESETS: dict[str, dict[str, Any]] = {
-    # The KL-minimal tilt at a calibrated lambda. Ancestral sampling, because plug-in guidance has no consistent marginals
-    # and a stochastic sampler forgets its errors (docs/decisions.md, "Default solver").
-    "calibrated": {"log_tilt": "linear", "lift": "dps", "solver": "ddpm", "steps": 100, "guidance": "tilt"},
-    # A quarter of the rows, calibrated as the default is: on the demo's feature as natural at the same activation
-    # (docs/decisions.md, "The preset fast").
-    "fast": {"log_tilt": "linear", "lift": "dps", "solver": "ddpm", "steps": 25, "guidance": "tilt"},
-    # The published configuration: a constant scale of 1, which is no constant lambda, over all of the network's levels, and a
-    # cap of 20. Its hazards are the lift's options (dps(clip=true, batch_mean=true)); pooling is the feature's.
-    "paper_exact": {
-        "lam": 1.0,
-        "log_tilt": "capped(cap=20.0)",
-        "lift": "dps(clip=True, batch_mean=True)",
-        "solver": "ddpm",
-        "steps": 1000,
-        "grid": "native",
-        "guidance": "constant",
-    },
-}
 # What decides neither the pictures nor their number: a run may be continued with other values of these.
 # graphs: a replay runs the very kernels of the eager step.
 NOT_IN_IDENTITY = ("num", "batch_size", "graphs")
@@ -256,7 +238,9 @@ class SampleConfig(Settings):
         """The same settings with everything the preset fills written out. Raises ConfigError where the whole does not fit."""
         # The lift daps draws x0 itself and needs the solver that renoises it, whatever the preset's.
         own = {"solver": "renoise"} if (self.lift or "").startswith("daps") else {}
-        missing = {name: value for name, value in (PRESETS[self.preset] | own).items() if getattr(self, name) is None}
+        missing = {
+            name: value for name, value in (PRESETS[self.preset].settings | own).items() if getattr(self, name) is None
+        }
         if self.has_target:
             missing.pop("lam", None)
         filled = replace(self, **missing)

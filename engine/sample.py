@@ -24,6 +24,7 @@ from tiltscope.engine.prior.prior import CPU, Prior, check_denoise
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.runtime.graphs import CudaGraphs
 from tiltscope.engine.runtime.runners import Gated, step_for
+from tiltscope.engine.runtime.step import ListeningStep
 from tiltscope.engine.sampler.lifts import LIFTS, Lift
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.sampler.particles import proposal_plan, settle
@@ -381,6 +382,8 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, gated: Gate
         )
     if config.particles > 1:
         plan = proposal_plan(plan, lift)
+    if plan.log_variance is not None:
+        ListeningStep.to(gated.step)  # or why not
     log_tilt: LogTilt = parse_choice(config.log_tilt, LOG_TILTS, "log_tilt")
     programme = Programme(
         plans=(plan,),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 
 import numpy as np
@@ -13,8 +14,10 @@ from tiltscope.engine.cli.compare import Arguments
 from tiltscope.engine.cli.main import run
 from tiltscope.engine.cli.parse import parse
 from tiltscope.engine.compare import RIVALS, compare
-from tiltscope.engine.config import PRESETS, CompareConfig
+from tiltscope.engine.config import CompareConfig
+from tiltscope.engine.presets import PRESETS
 from tiltscope.engine.report.comparison import plot_png
+from tiltscope.engine.report.page import methods_of
 
 FEATURE = "blocks.1:neuron:3@mean"
 CONFIG = CompareConfig(
@@ -44,7 +47,7 @@ def bundle(tiny_bundle):
 def comparison(bundle, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TILTSCOPE_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setitem(PRESETS, "paper_exact", PRESETS["paper_exact"] | {"steps": 5})
+        patch.setitem(PRESETS["paper_exact"].settings, "steps", 5)
         yield compare(bundle, FEATURE, CONFIG)
 
 
@@ -120,6 +123,43 @@ def test_on_the_command_line(bundle, tiny_bundle, tmp_path, monkeypatch, capsys)
     assert "Excess KL" in capsys.readouterr().out
     assert run([*asked, "--num", "3"]) == 2
     assert "holds another run" in capsys.readouterr().err
+
+
+def test_a_section_of_an_explanations_page(bundle, tiny_bundle, tmp_path, monkeypatch, capsys):
+    """Beside the four answers, in place of an earlier one, and kept when the explanation is drawn again."""
+    monkeypatch.setenv("TILTSCOPE_HOME", str(tmp_path / "home"))
+    folder, shared = tmp_path / "explained", ["--bundle", str(tiny_bundle), "--quiet", "--target-quantile", "0.7"]
+    explain = ["explain", FEATURE, "--out", str(folder), *shared, "--num", "2", "--steps", "2"]
+    explain += ["--calibration", "pool"]
+    asked = ["compare", FEATURE, *shared, "--num", "2", "--steps", "2", "--lifts", "dps", "--solvers", "ddpm"]
+    asked += ["--no-likelihood", "--page", str(folder)]
+    assert run(asked) == 2
+    assert "holds no finished explanation" in capsys.readouterr().err
+    assert run(explain) == 0
+    before = (folder / "index.html").read_text()
+    assert "Methods at one activation" not in before
+    for _ in range(2):
+        assert run(asked) == 0
+    page = (folder / "index.html").read_text()
+    assert page.count("Methods at one activation") == 1
+    assert "dps, ddpm, 2 steps" in page
+    assert page.replace(methods_of(page), "") == before
+    assert json.loads((folder / "compare" / "manifest.json").read_text())["command"] == "compare"
+    identifiers = re.findall(r' id="([^"]+)"', page)
+    assert len(identifiers) == len(set(identifiers)) > 8
+    capsys.readouterr()
+    assert run(explain) == 0
+    again = (folder / "index.html").read_text()
+    assert methods_of(again) == methods_of(page) != ""
+
+    assert run([*asked, "--target-quantile", "0.6"]) == 2
+    assert "give --target-activation" in capsys.readouterr().err
+    assert run([*asked, "--out", str(tmp_path / "other")]) == 2
+    assert "out and page: got both" in capsys.readouterr().err
+    other = [word if word != FEATURE else "blocks.1:neuron:4@mean" for word in asked]
+    assert run(other) == 2
+    assert "another feature" in capsys.readouterr().err
+    assert (folder / "index.html").read_text() == again
 
 
 def test_a_sampler_that_cannot_reach_the_target_keeps_a_row_that_says_so(bundle, monkeypatch, tmp_path):

@@ -21,6 +21,7 @@ LAM = 0.9
 # Weight of the start in the limit: 0 for the probability-flow ODE, 1 for ancestral sampling.
 ETA = {
     "ddpm": 1.0,
+    "ddpm_fixed_large": 1.0,
     "ddim": 0.0,
     "ddim(eta=0.5)": 0.5,
     "euler": 0.0,
@@ -68,6 +69,7 @@ def test_the_discrete_mean_converges_to_the_limit_of_the_same_start_at_the_solve
 @pytest.mark.parametrize(
     ("solver", "settings", "mean_order", "variance_order"),
     [
+        ("ddpm_fixed_large", {}, None, 1),
         ("ddpm", {}, None, 1),  # the mean of what forgets its start has no error left to measure
         ("ddim(eta=0.5)", {}, 1, 1),
         ("dpmpp_2m", {}, 1, 2),

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import tiltscope
-from tiltscope.engine.config import PRESETS, SampleConfig
+from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import ConfigError
+from tiltscope.engine.presets import PRESETS
 from tiltscope.engine.sampler.noise import STREAM_START, STREAM_STEP, normal
 from tiltscope.engine.tilt.worlds import GaussianWorld
 
@@ -102,7 +103,7 @@ def test_what_the_preset_fills():
     assert config.lam == 1.0
     assert config.steps == 1000
     assert config.lift == "dps(clip=True, batch_mean=True)"
-    assert config.to_json() | PRESETS["paper_exact"] == config.to_json()
+    assert config.to_json() | PRESETS["paper_exact"].settings == config.to_json()
 
 
 def test_padding_does_not_weaken_the_mean_over_the_batch(setting):

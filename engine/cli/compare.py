@@ -27,6 +27,8 @@ class Arguments:
     """an embedded bundle's name, or a bundle's folder"""
     out: Path | None = None
     """output folder (default: tiltscope-IDENTITY in the current folder)"""
+    page: Path | None = None
+    """an explanation's folder: the comparison goes into its folder compare, and a section of it onto its page"""
     common: Common
 
 
@@ -42,17 +44,27 @@ def run(arguments: Arguments) -> None:
         from tiltscope.engine.bundle import load
         from tiltscope.engine.compare import compare
         from tiltscope.engine.explain import inquire
+        from tiltscope.engine.report.comparison import METHODS_FOLDER, add_to_page, check_page
         from tiltscope.engine.report.writer import check_folder
 
         bundle = load(arguments.bundle)
         first = inquire(bundle, arguments.feature, arguments.config.methods()[0])
     identity = arguments.config.identity("compare", bundle.identity, first.feature.identity)
-    out = arguments.out or Path(f"tiltscope-{identity[:8]}")
+    if arguments.page is not None:
+        if arguments.out is not None:
+            raise ConfigError(f"out and page: got both ({arguments.out} and {arguments.page}); give one")
+        check_page(arguments.page, first.feature.identity, first.target)
+        out = arguments.page / METHODS_FOLDER
+    else:
+        out = arguments.out or Path(f"tiltscope-{identity[:8]}")
     check_folder(out, identity)
     try:
         with stage("comparing", quiet=quiet) as tracker:
             comparison = compare(bundle, arguments.feature, arguments.config, on_part=tracker.begin)
-        comparison.save(out)
+        if arguments.page is None:
+            comparison.save(out)
+        else:
+            add_to_page(comparison, arguments.page)
     except KeyboardInterrupt:
         raise Stopped("interrupted; the same command starts again") from None
     if arguments.common.json:
@@ -73,7 +85,7 @@ def run(arguments: Arguments) -> None:
             say(f"note: {title}: {note}")
     Console(width=None if sys.stdout.isatty() else 190).print(table)
     print(f"target    {comparison.target:.4g} (quantile {comparison.target_quantile:.4f} of natural activation)")
-    print(f"page      {(out / 'index.html').resolve()}")
+    print(f"page      {((arguments.page or out) / 'index.html').resolve()}")
 
 
 def on_a_world(arguments: Arguments, name: str) -> None:

@@ -3,10 +3,12 @@
     OUT/index.html          table, plot and pictures of every method        OUT/manifest.json   every number, how to repeat it
     OUT/compare.png         activation against naturalness over lambda       OUT/methods.parquet OUT/curves.parquet
 
+In a folder of explain's it is all of that in OUT/compare, and a section of OUT/index.html.
 Knows a Comparison as a record; measures nothing.
 """
 
 import io
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tiltscope.engine.compare import Comparison, Method
+from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.report import manifest as manifests
 from tiltscope.engine.report.atomic import write_bytes
-from tiltscope.engine.report.page import template, unbroken
+from tiltscope.engine.report.page import template, unbroken, with_methods
 from tiltscope.engine.report.pictures import data_uri, encode_png, to_array
 from tiltscope.engine.report.words import ANSWERS, COMPARED, MISSING, number, percent
 from tiltscope.engine.report.writer import check_folder
 
+METHODS_FOLDER = "compare"  # in a folder of explain's
 # Pictures shown of each method.
 SHOWN = 8
 # One standard error either way would hold two thirds of the means; a reader expects 95 %.
@@ -43,6 +47,40 @@ def save_comparison(comparison: Comparison, folder: Path) -> Path:
     write_bytes(folder / "index.html", render(comparison, plot).encode())
     manifests.write(folder, comparison.manifest)
     return folder
+
+
+def check_page(folder: Path, feature_identity: str, target: float) -> None:
+    """Whether `folder` holds an explanation of this feature at this target, and whole. Raises ConfigError where not."""
+    held = manifests.read(folder)
+    if (
+        held is None
+        or held.get("command") != "explain"
+        or "target" not in held
+        or not (folder / "index.html").is_file()
+    ):
+        raise ConfigError(f"page: {folder} holds no finished explanation; make one there with tiltscope explain --out")
+    if held["feature_identity"] != feature_identity:
+        raise ConfigError(
+            f"page: {folder} explains {held['feature']}, another feature or other weights; compare that one"
+        )
+    if not math.isclose(held["target"], target, rel_tol=1e-6):
+        asked = f"--target-activation {held['target']!r}"
+        raise ConfigError(
+            f"page: {folder} is at target {held['target']:.4g}, the comparison at {target:.4g}; give {asked}"
+        )
+
+
+def add_to_page(comparison: Comparison, folder: Path) -> Path:
+    """The comparison in folder/compare, and its section on the page of the explanation in `folder`, in place of an earlier one.
+
+    Raises ConfigError as check_page does.
+    """
+    check_page(folder, comparison.manifest["feature_identity"], comparison.target)
+    saved = save_comparison(comparison, folder / METHODS_FOLDER)
+    section = template("methods.html.jinja").render(**_methods(comparison, plot_png(comparison)))
+    page = with_methods((folder / "index.html").read_text(encoding="utf-8"), section)
+    write_bytes(folder / "index.html", page.encode())
+    return saved
 
 
 def title_of(method: Method) -> str:
@@ -114,14 +152,21 @@ def render(comparison: Comparison, plot: bytes) -> str:
         name=comparison.feature_name,
         target=number(comparison.target, 3),
         quantile=percent(comparison.target_quantile),
-        plot=data_uri(plot),
-        columns=COMPARED,
-        rows=table_rows(comparison),
-        unmatched=[title_of(each) for each in comparison.methods if not each.matched],
-        pictures=[(title_of(each), _tiles(each)) for each in comparison.methods if each.samples is not None],
         repeat=unbroken(comparison.manifest.get("repeat")),
         seed=comparison.manifest["config"]["seed"],
+        **_methods(comparison, plot),
     )
+
+
+def _methods(comparison: Comparison, plot: bytes) -> dict[str, Any]:
+    """What methods.html.jinja needs."""
+    return {
+        "plot": data_uri(plot),
+        "columns": COMPARED,
+        "rows": table_rows(comparison),
+        "unmatched": [title_of(each) for each in comparison.methods if not each.matched],
+        "pictures": [(title_of(each), _tiles(each)) for each in comparison.methods if each.samples is not None],
+    }
 
 
 def _tiles(method: Method) -> list[tuple[str, str]]:

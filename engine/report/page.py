@@ -15,6 +15,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.report.pictures import (
     GRID_LIMIT,
     data_uri,
@@ -44,6 +45,8 @@ _LONGEST_SIDE = 256
 _TILE = 128
 # More pictures than this are shown at half the size.
 _MANY = 12
+# Where compare's section stands on the page, between two of these.
+_METHODS_MARK = "<!-- methods -->"
 _PLOT_WIDTHS = {"wide": 1136, "medium": 676, "narrow": 343}
 
 
@@ -101,6 +104,7 @@ def render(explanation: Explanation, manifest: Mapping[str, Any]) -> str:
         titles={name: ANSWERS[name] for name in answers},
         rows=rows,
         footnotes=footnotes,
+        methods_mark=Markup(2 * _METHODS_MARK),
         plots=_plots(explanation, answers, spec),
         num_natural=f"{len(explanation.natural):,}",
         trust=trust_lines(explanation, manifest, spec),
@@ -111,6 +115,20 @@ def render(explanation: Explanation, manifest: Mapping[str, Any]) -> str:
         attribution=[as_mapping(each) for each in cast(Iterable[Any], bundle.get("attribution") or ())],
         provenance=_provenance(manifest, bundle),
     )
+
+
+def with_methods(page: str, section: str) -> str:
+    """The page with compare's section in its place, in that of an earlier one. Raises ConfigError where the page has no place."""
+    before, *middle, after = page.split(_METHODS_MARK)
+    if len(middle) != 1:
+        raise ConfigError("index.html has no place for methods; make the page again with tiltscope explain")
+    return f"{before}{_METHODS_MARK}{section}{_METHODS_MARK}{after}"
+
+
+def methods_of(page: str) -> str:
+    """compare's section of a page, empty where it has none."""
+    parts = page.split(_METHODS_MARK)
+    return parts[1] if len(parts) == 3 else ""
 
 
 @cache

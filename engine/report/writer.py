@@ -27,7 +27,7 @@ from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.report import manifest as manifests
 from tiltscope.engine.report.atomic import clear_temporaries, write_bytes
 from tiltscope.engine.report.layout import about, is_pictured, picture_name, tensors_of, write_grid, write_metadata
-from tiltscope.engine.report.page import render
+from tiltscope.engine.report.page import methods_of, render, with_methods
 from tiltscope.engine.report.pictures import GRID_LIMIT, encode_png, to_array
 from tiltscope.engine.report.shards import SHARD, IndexSet, merge, open_tensors, select, write_tensors
 from tiltscope.engine.samples import Explanation, Samples
@@ -292,7 +292,10 @@ def save_explanation(explanation: Explanation, folder: str | Path) -> Path:
     for name, answer in explanation.answers.items():
         _write_answer(folder / "answers" / name, answer)
     _write_answer(folder, samples)
-    write_bytes(folder / "index.html", render(explanation, whole).encode())
+    page, path = render(explanation, whole), folder / "index.html"
+    if path.is_file():  # the same question: what compare has put there still answers it
+        page = with_methods(page, methods_of(path.read_text(encoding="utf-8")))
+    write_bytes(path, page.encode())
     manifests.write(folder, whole)
     return folder
 

@@ -10,13 +10,14 @@ rows, plans or seeds.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.feature.readout import Readout, read
 from tiltscope.engine.prior.prior import Prior
@@ -63,12 +64,16 @@ class TorchStep:
     feature: Feature
     name: str = "torch"
 
+    def denoise(self, x: Float[Tensor, "batch ..."], sigma: Float64[Tensor, "batch"]) -> Float[Tensor, "batch ..."]:
+        """D, as every method here computes it."""
+        return self.prior.denoise(x, sigma)
+
     def unguided(
         self, x: Float[Tensor, "batch ..."], sigma: Float64[Tensor, "batch"], alpha: Float64[Tensor, "batch"]
     ) -> Float[Tensor, "batch ..."]:
         """D = E[x0 | x], without the trunk and without a gradient."""
         with torch.no_grad():
-            return self.prior.denoise(x, sigma)
+            return self.denoise(x, sigma)
 
     def guided(
         self,
@@ -80,7 +85,7 @@ class TorchStep:
         """D, activation, drive and one vector-Jacobian product with cotangent 1 for each sample."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            x0_hat = self.prior.denoise(x, sigma)
+            x0_hat = self.denoise(x, sigma)
             activation, drive = self._read(x0_hat, readout)
             (grad_a,) = torch.autograd.grad(drive.sum(), x)
         return StepOutput(x0_hat.detach(), activation.detach(), drive.detach(), grad_a)
@@ -96,7 +101,7 @@ class TorchStep:
         """D, and v -> (dD/dx)' v: one vector-Jacobian product through the denoiser, once."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            x0_hat = self.prior.denoise(x, sigma)
+            x0_hat = self.denoise(x, sigma)
         return x0_hat.detach(), lambda v: torch.autograd.grad(x0_hat, x, v)[0]
 
     def gradient(
@@ -113,3 +118,40 @@ class TorchStep:
         if readout is None or self.feature.trunk is None:
             return self.feature.activation_and_drive(x0)
         return read(self.feature.trunk(x0), readout)
+
+
+@dataclass(frozen=True)
+class ListeningStep(TorchStep):
+    """The reference runner that also keeps what the network says of the noise, whichever method called it. For one tick's calls.
+
+    Where a network has learned it, the variance is the other half of the very output that D is made of: nothing runs twice.
+    """
+
+    said: list[Tensor] = field(default_factory=list[Tensor])
+
+    @staticmethod
+    def to(step: Step) -> "ListeningStep":
+        """One that computes as `step` does. Raises ConfigError where that keeps no second output, or its network has none."""
+        if not isinstance(step, TorchStep):
+            raise ConfigError(
+                f"runner: got {step.name} with solver ddpm_learned_range, and exported graphs do not hold the learned variance; "
+                "give runner torch, or solver ddpm"
+            )
+        if step.prior.network is None or not step.prior.network.learned_range:
+            raise ConfigError(
+                f"solver: got ddpm_learned_range, but prior {step.prior.name} has learned no variance; "
+                "give ddpm or ddpm_fixed_large"
+            )
+        return ListeningStep(step.prior, step.feature, step.name)
+
+    def denoise(self, x: Float[Tensor, "batch ..."], sigma: Float64[Tensor, "batch"]) -> Float[Tensor, "batch ..."]:
+        network = self.prior.network
+        assert network is not None  # `to` has looked
+        x0_hat, v = network.with_variance(x, sigma)
+        self.said.append(v.detach())
+        return x0_hat
+
+
+def heard(step: Step, otherwise: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+    """What a listening step's network said last; `otherwise` where nobody listens."""
+    return step.said[-1] if isinstance(step, ListeningStep) else otherwise

@@ -41,6 +41,10 @@ def proposal_plan(plan: Plan, lift: Lift) -> Plan:
     """
     if lift.moves_x0:
         raise ConfigError("particles: the lift daps replaces the denoiser's answer, which has no density; use lift dps")
+    if plan.log_variance is not None:
+        raise ConfigError(
+            "particles: solver ddpm_learned_range adds a noise of its own to every pixel, which the weights do not know; use ddpm"
+        )
     noise, history = plan.column("c"), plan.column("f")
     guided = plan.kind != GraphKind.UNGUIDED
     if (noise[:-1] == 0).any():

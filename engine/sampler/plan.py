@@ -47,11 +47,13 @@ class Plan:
     """A filled table: `table` float64 [rows, 11] in the order of COLUMNS, `kind` int8 [rows] of GraphKind.
 
     `thetas` float64 [steps + 1]: the noise angles between which the solver steps, the last one 0.
+    `log_variance` float64 [rows, 2]: bounds of the noise that the network itself sizes, NaN in rows without; None: no row.
     """
 
     table: NDArray[np.float64]
     kind: NDArray[np.int8]
     thetas: NDArray[np.float64] = field(repr=False)
+    log_variance: NDArray[np.float64] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -103,11 +105,19 @@ def make_plan(
         first = float(np.arcsin(start_sigma))
         thetas = np.concatenate([[first], thetas[thetas < first]])
     rows = list(_with_recurrence(method, thetas, recurrence, travel_length))
+    learned = any(row.log_variance is not None for row in rows)
+    if learned and recurrence > 1:
+        raise ConfigError(
+            f"recurrence: got {recurrence} with solver {solver}, whose noise is the network's own and cannot be folded "
+            "into a way back up; give recurrence 1, or solver ddpm"
+        )
     guided = [row.guided_in(guidance_interval or (0.0, 1.0)) for row in rows]
     constant = PUBLISHED_STEPS / steps if guidance == "constant" else None
     table = np.array([row.values(guided=on, constant=constant) for row, on in zip(rows, guided, strict=True)])
     kind = np.array([GraphKind.GUIDED if on else GraphKind.UNGUIDED for on in guided], np.int8)
-    return Plan(table=table, kind=kind, thetas=thetas)
+    none = (np.nan, np.nan)
+    log_variance = np.array([row.log_variance or none for row in rows]) if learned else None
+    return Plan(table=table, kind=kind, thetas=thetas, log_variance=log_variance)
 
 
 def _with_recurrence(method: Solver, thetas: NDArray[np.float64], times: int, length: int) -> Iterator[Row]:

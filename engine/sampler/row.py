@@ -10,7 +10,10 @@ MIN_GUIDED_ALPHA = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row's coefficients (plan.py), float64. `split`: guidance is kept out of the history slot."""
+    """One row's coefficients (plan.py), float64. `split`: guidance is kept out of the history slot.
+
+    log_variance: (least, most) of a step whose noise the network itself sizes, in place of c (learned_noise.py).
+    """
 
     theta: float
     a: float
@@ -21,6 +24,7 @@ class Row:
     q: float = 0.0
     r: float = 0.0
     split: bool = False
+    log_variance: tuple[float, float] | None = None
 
     @property
     def sigma(self) -> float:

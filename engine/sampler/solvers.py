@@ -5,7 +5,7 @@ To add one: write a frozen dataclass with `default_grid`, `stochastic` and `rows
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import atan, cos, expm1, inf, log, sin, sqrt, tan
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -49,9 +49,7 @@ class Ddim:
 
     def rows(self, thetas: NDArray[np.float64]) -> Iterator[Row]:
         for theta, to in _pairs(thetas):
-            # 1 - alpha^2/alpha'^2 = sin(theta - to) sin(theta + to) / alpha'^2, which does not cancel at small steps.
-            fresh = sqrt(sin(theta - to) * sin(theta + to)) / cos(to)
-            c = self.eta * sin(to) / sin(theta) * fresh
+            c = self.eta * sin(to) / sin(theta) * _destroyed(theta, to)
             a = sqrt(max(sin(to) ** 2 - c**2, 0.0)) / sin(theta)
             yield Row(theta=theta, a=a, b=cos(to) - a * cos(theta), c=c)
 
@@ -61,6 +59,31 @@ class Ddpm(Ddim):
     """Ancestral sampling, Ho et al. 2020 eq. 7 (posterior variance): DDIM with eta = 1."""
 
     eta: float = field(default=1.0, init=False)
+
+
+@dataclass(frozen=True)
+class DdpmFixedLarge(Ddpm):
+    """Ancestral sampling with beta = 1 - (alpha/alpha')^2 for its variance, the upper bound of eq. 7; the last row adds none.
+
+    The marginals are wider than the forward process's by what the posterior variance is less than beta: first order in the step.
+    """
+
+    def rows(self, thetas: NDArray[np.float64]) -> Iterator[Row]:
+        for row, (theta, to) in zip(super().rows(thetas), _pairs(thetas), strict=True):
+            yield replace(row, c=_destroyed(theta, to) if to > 0 else 0.0)
+
+
+@dataclass(frozen=True)
+class DdpmLearnedRange(Ddpm):
+    """Ancestral sampling whose variance a network of learned range gives for every pixel, between those of the two above.
+
+    Nichol & Dhariwal 2021, eq. 15; the last row adds none. It has no one c, so particles cannot weigh its rows.
+    """
+
+    def rows(self, thetas: NDArray[np.float64]) -> Iterator[Row]:
+        for row, (theta, to) in zip(super().rows(thetas), _pairs(thetas), strict=True):
+            bounds = (2 * log(row.c), 2 * log(_destroyed(theta, to))) if to > 0 else None
+            yield replace(row, c=0.0, log_variance=bounds)
 
 
 @dataclass(frozen=True)
@@ -175,6 +198,8 @@ class Renoise:
 
 SOLVERS: dict[str, type[Any]] = {
     "ddpm": Ddpm,
+    "ddpm_fixed_large": DdpmFixedLarge,
+    "ddpm_learned_range": DdpmLearnedRange,
     "ddim": Ddim,
     "euler": Euler,
     "heun": Heun,
@@ -189,6 +214,11 @@ SOLVERS: dict[str, type[Any]] = {
 def _pairs(thetas: NDArray[np.float64]) -> Iterator[tuple[float, float]]:
     values = [float(theta) for theta in thetas]
     yield from itertools.pairwise(values)
+
+
+def _destroyed(theta: float, to: float) -> float:
+    """sqrt(beta), beta = 1 - alpha^2/alpha'^2 = sin(theta - to) sin(theta + to) / alpha'^2: no cancellation at small steps."""
+    return sqrt(sin(theta - to) * sin(theta + to)) / cos(to)
 
 
 def _heun_step(theta: float, to: float) -> list[Row]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -96,7 +96,8 @@ class Observation(NamedTuple):
 class Sight(NamedTuple):
     """What the networks and the lift (lifts.py) say of each slot before it moves: by e * strength * grad, where it is guided.
 
-    activation, drive and log_twist are NaN where no trunk ran.
+    activation, drive and log_twist are NaN where no trunk ran. v: what the network says of the noise (learned_noise.py), or
+    [batch, 0] where no plan asks.
     """
 
     x0_hat: Float[Tensor, "batch ..."]
@@ -106,6 +107,7 @@ class Sight(NamedTuple):
     strength: Float[Tensor, "batch"]
     log_twist: Float[Tensor, "batch"]
     guided: Bool[Tensor, "batch"]
+    v: Float[Tensor, "batch ..."]
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,18 @@ class Programme:
     def coefficients(self) -> Float[Tensor, "plan row 11"]:
         """`table` cast once to the state's dtype."""
         return self.table.to(self.dtype)
+
+    @cached_property
+    def log_variance(self) -> Float64[Tensor, "plan row 2"] | None:
+        """Bounds of the noise that the network sizes, NaN where a plan's row has its own; None where no plan asks for it."""
+        if all(plan.log_variance is None for plan in self.plans):
+            return None
+        longest = max(plan.num_rows for plan in self.plans)
+        bounds = np.full((len(self.plans), longest, 2), np.nan)
+        for at, plan in enumerate(self.plans):
+            if plan.log_variance is not None:
+                bounds[at, : plan.num_rows] = plan.log_variance
+        return torch.from_numpy(bounds).to(self.device)
 
     @cached_property
     def num_rows(self) -> Int[Tensor, "plan"]:

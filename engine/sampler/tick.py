@@ -11,6 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tiltscope.engine.runtime.step import ListeningStep, heard
+from tiltscope.engine.sampler.learned_noise import add_learned_noise
 from tiltscope.engine.sampler.particles import reweigh_after_move, weigh
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.sampler.state import (
@@ -60,20 +62,25 @@ def look(state: SlotState, programme: Programme, needs: Sequence[Need]) -> Sight
         x0_hat = grad = torch.zeros_like(slots.x)
         activation = drive = log_twist = torch.full_like(slots.lam, torch.nan)
         strength = torch.zeros_like(slots.lam)
+        step, v = programme.step, slots.x.new_empty(len(slots.x), 0)
+        if programme.log_variance is not None:
+            step, v = ListeningStep.to(step), torch.zeros_like(slots.x)
         if need.unguided:
-            x0_hat = programme.step.unguided(slots.x, slots.sigma, slots.alpha)
+            x0_hat = step.unguided(slots.x, slots.sigma, slots.alpha)
+            v = heard(step, v)
             if need.reads:
-                activation, drive = programme.step.measure(x0_hat, slots.readout)
+                activation, drive = step.measure(x0_hat, slots.readout)
                 log_twist = slots.energy(drive)
         if need.guided:
-            push = programme.lift.push(programme.step, slots)
+            push = programme.lift.push(step, slots)
+            v = torch.where(per_slot(guided, v), heard(step, v), v)
             x0_hat = torch.where(per_slot(guided, slots.x), push.x0_hat, x0_hat)
             activation = torch.where(guided, push.activation, activation)
             drive = torch.where(guided, push.drive, drive)
             log_twist = torch.where(guided, push.log_twist, log_twist)
             grad, strength = push.grad, push.strength
         log_twist = torch.where(slots.lam == 0, 0.0, log_twist)
-        parts.append(Sight(x0_hat, activation, drive, grad, strength, log_twist, guided))
+        parts.append(Sight(x0_hat, activation, drive, grad, strength, log_twist, guided, v))
     return parts[0] if len(parts) == 1 else Sight(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
@@ -100,6 +107,7 @@ def move(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotStat
         state.particle,
         implementation=asked,
     )
+    moved = add_learned_noise(state, moved, sight.v, programme)
     after = replace(state, x=moved.x, history=moved.history, row=moved.row, ok=moved.ok)
     if programme.particles > 1:
         noise = rows_of(state, programme)[:, _NOISE].to(dtype)

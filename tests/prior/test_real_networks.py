@@ -10,6 +10,7 @@ from tiny_models import LINEAR, pictures, write_dit, write_unet
 from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.prior.load import load_denoiser
 from tiltscope.engine.prior.prior import Prior
+from tiltscope.engine.sampler.plan import make_plan
 
 PICTURE, LATENT = (3, 64, 64), (4, 8, 8)
 TIMES = (3, 400, 900)
@@ -251,7 +252,7 @@ def test_the_learned_variance_is_what_diffusers_adds(adm, monkeypatch):
     from diffusers import DDPMScheduler
     from diffusers.schedulers import scheduling_ddpm
 
-    from tiltscope.engine.prior.variance import learned_noise_scale
+    from tiltscope.engine.sampler.learned_noise import learned_log_variance
 
     model, _, denoiser = adm
     t = 2  # where the two bounds are far apart
@@ -261,14 +262,16 @@ def test_the_learned_variance_is_what_diffusers_adds(adm, monkeypatch):
     )  # in float32 its beta is good to 1e-2 here
     x = pictures(1)
     output = small_phase(model, x, torch.tensor([t])).double()
-    sigma, after = (torch.from_numpy(denoiser.levels[::-1].copy())[[each]] for each in (t, t - 1))
+    sigma = torch.from_numpy(denoiser.levels[::-1].copy())[[t]]
+    plan = make_plan("ddpm_learned_range", steps=1000, levels=denoiser.levels)
+    bounds = torch.from_numpy(plan.log_variance[[999 - t]])
     after_step = []
     for value in (0.0, 1.0):
         monkeypatch.setattr(
             scheduling_ddpm, "randn_tensor", lambda shape, value=value, **_: torch.full(shape, value).double()
         )
         after_step.append(scheduler.step(output, t, x.double()).prev_sample)
-    found = learned_noise_scale(denoiser.with_variance(x, sigma)[1].double(), sigma, after)
+    found = torch.exp(0.5 * learned_log_variance(denoiser.with_variance(x, sigma)[1].double(), bounds))
     torch.testing.assert_close(found, after_step[1] - after_step[0], rtol=1e-5, atol=0)
     assert float(found.std()) > 0.05 * float(found.mean())
 

@@ -13,6 +13,7 @@ import torch
 import tiltscope
 from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import RunnerError
+from tiltscope.engine.prior.network import NetworkDenoiser
 from tiltscope.engine.runtime.capture_safety import check_capture
 from tiltscope.engine.runtime.step import TorchStep
 from tiltscope.engine.sample import prepare
@@ -62,7 +63,7 @@ def judged(prior, feature, needs, change=None, **settings):
     meta = StaticSlots.like(fresh(0)).to(META)
     prior, vision = run.prior.to(torch.float32, META), run.feature.to(torch.float32, META)
     there = replace(work, device=META, step=TorchStep(prior, vision))
-    _ = there.coefficients, there.num_rows, there.guided_rows  # made once, as a warm-up makes them
+    _ = there.coefficients, there.num_rows, there.guided_rows, there.log_variance  # made once, as a warm-up makes them
 
     def step(slots, programme):
         written = step_into(slots, programme, needs)
@@ -83,9 +84,26 @@ def test_a_tick_of_the_real_networks_may_be_captured(bundle, lift):
     assert verdict.num_operators > 200  # both networks, forward and backward, are in what was looked at
 
 
-@pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"renoise"}))
+@pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"renoise", "ddpm_learned_range"}))
 def test_a_tick_of_every_solver_may_be_captured(solver):
     assert judged(PRIOR, SMALL, [GUIDED], solver=solver).problems == ()
+
+
+class Both(torch.nn.Module):
+    """A network of learned range: two outputs a channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, t, return_dict):
+        return (torch.cat([torch.tanh(x), self.scale * x], 1),)
+
+
+def test_a_tick_that_adds_a_learned_noise_may_be_captured():
+    denoiser = NetworkDenoiser(Both(), levels=np.linspace(0.99, 0.1, 20), prediction="sample", learned_range=True)
+    prior = tiltscope.Prior.from_network(denoiser, shape=(3, 4, 4), name="learned", identity="sha256:0")
+    assert judged(prior, SMALL, [BOTH], solver="ddpm_learned_range", grid="angle").problems == ()
 
 
 @pytest.mark.parametrize("lift", [*LIFTS, "dps(clip=True, batch_mean=True)", "dps(diversity=0.5)"])

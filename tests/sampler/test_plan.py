@@ -177,7 +177,7 @@ def test_a_choice_reads_back_what_it_is_described_as(eta):
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"solver": "dopri"}, "solver: got 'dopri', allowed are ddpm, ddim"),
+        ({"solver": "dopri"}, "solver: got 'dopri', allowed are ddpm, ddpm_fixed_large"),
         ({"solver": 7}, "solver: got 7"),
         ({"solver": "ddim(eta=2)"}, "eta must lie in"),
         ({"solver": "ddim(beta=1)"}, "parameters are eta"),
