@@ -20,6 +20,7 @@ from torch import Tensor
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.feature.readout import Readout, read
 from tiltscope.engine.prior.prior import Prior
+from tiltscope.kernels.implementation import Implementation
 
 Pullback = Callable[[Tensor], Tensor]
 
@@ -57,11 +58,15 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class TorchStep:
-    """The reference runner: autograd in eager torch. Every other runner is held to its numbers."""
+    """The reference runner: autograd in eager torch. Every other runner is held to its numbers.
+
+    kernels: which implementation of the ops runs before and behind the trunk (preprocess, sae_rows, readout).
+    """
 
     prior: Prior
     feature: Feature
     name: str = "torch"
+    kernels: Implementation = "reference"
 
     def unguided(
         self, x: Float[Tensor, "batch ..."], sigma: Float64[Tensor, "batch"], alpha: Float64[Tensor, "batch"]
@@ -111,5 +116,5 @@ class TorchStep:
 
     def _read(self, x0: Tensor, readout: Readout | None) -> tuple[Tensor, Tensor]:
         if readout is None or self.feature.trunk is None:
-            return self.feature.activation_and_drive(x0)
-        return read(self.feature.trunk(x0), readout)
+            return self.feature.activation_and_drive(x0, kernels=self.kernels)
+        return read(self.feature.trunk(x0, kernels=self.kernels), readout, kernels=self.kernels)
