@@ -363,7 +363,14 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, gated: Gate
     if gated is None:
         check_denoise(prior, dtype, guided=config.lam != 0)
         check_activation(feature, prior.shape, dtype)
-        gated = step_for(config.runner, prior, feature, dtype, allow_parity_failure=config.allow_parity_failure)
+        gated = step_for(
+            config.runner,
+            prior,
+            feature,
+            dtype,
+            allow_parity_failure=config.allow_parity_failure,
+            kernels=kernels,
+        )
     plan = make_plan(
         config.solver,
         steps=config.steps or 0,

@@ -39,6 +39,8 @@ def count_calls() -> Generator[Calls]:
 
 def count_call(op: str, implementation: str) -> None:
     """Said by an op where it really runs."""
+    if torch.compiler.is_compiling():
+        return
     for calls in _counting.get():
         calls[op, implementation] += 1
 
@@ -95,6 +97,10 @@ def require_like(
     argument: str, given: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
     """Raises ConfigError unless `given` has that shape, one of these types, and lies where x does."""
-    require(given.device == device, argument, f"a tensor on {given.device}", f"{device}, where x is")
-    require(given.dtype in dtypes, argument, given.dtype, " or ".join(map(str, dtypes)))
-    require(tuple(given.shape) == tuple(shape), argument, f"shape {list(given.shape)}", f"{list(shape)}")
+    # The words are made where they are needed: this stands before every step.
+    if given.device != device:
+        require(False, argument, f"a tensor on {given.device}", f"{device}, where x is")
+    if given.dtype not in dtypes:
+        require(False, argument, given.dtype, " or ".join(map(str, dtypes)))
+    if given.shape != tuple(shape):
+        require(False, argument, f"shape {list(given.shape)}", f"{list(shape)}")

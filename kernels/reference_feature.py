@@ -1,13 +1,14 @@
 """The definitions, in plain torch, of the operations between a picture and a feature's activation. See reference.py."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# T of lse pooling; equal to tiltscope.engine.feature.readout's (tests/kernels/test_reference_feature.py).
-LSE_TEMPERATURE = 0.2
+LSE_TEMPERATURE = 0.2  # T of lse pooling
 
 
 class ReadOut(NamedTuple):
@@ -38,24 +39,113 @@ def readout(
     the central half is m = (.7, .3, 0) with its mask. Reads the tokens once a row, K N d multiply-adds: bound by memory
     bandwidth for the few rows a feature has.
     """
-    wide = tokens.to(direction.dtype)
-    pre = torch.baddbmm(bias[..., None], direction, wide.transpose(1, 2))
-    latent = torch.where(pre > threshold[..., None], pre, torch.zeros_like(pre))
-    activation, drive = ((weight * _pool(v, pooling, mask)).sum(-1) for v in (latent, pre))
+    pre = sae_rows(tokens, direction, bias, (1, tokens.shape[1]))
+    return pooled(pre, threshold, weight, pooling, mask)
+
+
+def sae_rows(
+    tokens: Float[Tensor, "batch tokens width"],
+    direction: Float[Tensor, "batch rows width *window"],
+    bias: Float[Tensor, "batch rows"],
+    grid: tuple[int, int],
+) -> Float[Tensor, "batch rows tokens"]:
+    """K rows of an encoder at every token: linear, or a convolution whose windows [h, w], both odd, lie on the grid (gh, gw).
+
+        pre_kn = direction_k . token_n + bias_k
+        pre_kn = sum_yx direction_kyx . token_(n + yx - centre) + bias_k            tokens beyond the grid are zero
+
+    tokens may be of a lower precision: they are widened first. Of the published encoder
+    K of 12,288 rows are evaluated: K N d h w multiply-adds. One product a sample, so that batch mates cannot
+    change its rounding. Reads the tokens and the K d h w numbers of the directions, writes K N: bound by memory bandwidth for the
+    few rows of a feature.
+    """
+    tokens = tokens.to(direction.dtype)
+    if direction.dim() == 3:
+        return torch.baddbmm(bias[..., None], direction, tokens.transpose(1, 2))
+    b, k, d, height, width = direction.shape
+    # Every tap's row at every token, then shifted and summed: K h w numbers a token, where gathering windows takes d h w.
+    taps = direction.permute(0, 1, 3, 4, 2).reshape(b, k * height * width, d)
+    gh, gw = grid
+    maps = torch.bmm(taps, tokens.transpose(1, 2)).reshape(b, k, height, width, gh, gw)
+    up, left = height // 2, width // 2
+    maps = F.pad(maps, [left, left, up, up])
+    rows = _sum([maps[:, :, y, :, y : y + gh] for y in range(height)])  # [b, K, width, gh, gw + 2 left]
+    summed = _sum([rows[:, :, x, :, x : x + gw] for x in range(width)])  # [b, K, gh, gw]
+    return summed.flatten(2) + bias[..., None]
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def sae_rows_vjp(
+    pre_bar: Float[Tensor, "batch rows tokens"],
+    direction: Float[Tensor, "batch rows width *window"],
+    grid: tuple[int, int],
+    dtype: torch.dtype,
+) -> Float[Tensor, "batch tokens width"]:
+    """The cotangent of the tokens, in `dtype`:
+
+        token_bar_n = sum_kyx pre_bar_k(n - yx + centre) direction_kyx            beyond the grid no pre-activation is
+
+    Writes the tokens' cotangent once: bound by memory bandwidth.
+    """
+    if direction.dim() == 3:
+        return torch.bmm(pre_bar.transpose(1, 2), direction).to(dtype)
+    b, k, d, height, width = direction.shape
+    gh, gw = grid
+    up, left = height // 2, width // 2
+    maps = F.pad(pre_bar.reshape(b, k, gh, gw), [left, left, up, up])
+    shifted = [
+        maps[:, :, 2 * up - y : 2 * up - y + gh, 2 * left - x : 2 * left - x + gw]
+        for y in range(height)
+        for x in range(width)
+    ]
+    each = torch.stack(shifted, 2).reshape(b, k * height * width, gh * gw)
+    taps = direction.permute(0, 1, 3, 4, 2).reshape(b, k * height * width, d)
+    return torch.bmm(each.transpose(1, 2), taps).to(dtype)
+
+
+def pooled(
+    pre: Float[Tensor, "batch rows tokens"],
+    threshold: Float[Tensor, "batch rows"],
+    weight: Float[Tensor, "batch rows"],
+    pooling: Float[Tensor, "batch rows 3"],
+    mask: Bool[Tensor, "batch rows tokens"],
+) -> ReadOut:
+    """`readout` of pre-activations that are there already."""
+    latent = threshold_latents(pre, threshold)
+    activation, drive = ((weight * pool(v, pooling, mask)).sum(-1) for v in (latent, pre))
     return ReadOut(activation, drive, pre)
 
 
-def _pool(
-    v: Float[Tensor, "batch rows tokens"],
+def threshold_latents(
+    pre: Float[Tensor, "batch rows tokens"], threshold: Float[Tensor, "#batch rows"]
+) -> Float[Tensor, "batch rows tokens"]:
+    """pre where pre > threshold, else 0."""
+    return torch.where(pre > threshold[..., None], pre, torch.zeros_like(pre))
+
+
+def pool(
+    values: Float[Tensor, "batch rows tokens"],
     pooling: Float[Tensor, "batch rows 3"],
     mask: Bool[Tensor, "batch rows tokens"],
 ) -> Float[Tensor, "batch rows"]:
-    lowest = torch.finfo(v.dtype).min / 4
-    count = mask.sum(-1).clamp(min=1)
-    top = v.masked_fill(~mask, lowest).amax(-1)
-    mean = v.masked_fill(~mask, 0.0).sum(-1) / count
-    excess = ((v - top[..., None]) / LSE_TEMPERATURE).masked_fill(~mask, lowest)
-    lse = top + LSE_TEMPERATURE * (torch.exp(excess).sum(-1) / count).log()
+    """m_0 max + m_1 mean + m_2 lse over the tokens of `mask`. The gradient at a tie of the maximum is shared equally.
+
+    Masked tokens are filled with a finite number, never -inf: -inf * 0 in the backward pass would be NaN.
+    """
+    lowest = torch.finfo(values.dtype).min / 4
+    count = mask.sum(dim=-1).clamp(min=1)
+    top = values.masked_fill(~mask, lowest).amax(dim=-1)
+    mean = values.masked_fill(~mask, 0.0).sum(dim=-1) / count
+    # Shifted by the maximum so that exp cannot overflow; the shift is a constant of the derivative (it cancels).
+    shift = top.detach()
+    excess = ((values - shift[..., None]) / LSE_TEMPERATURE).masked_fill(~mask, lowest)
+    lse = shift + LSE_TEMPERATURE * (torch.exp(excess).sum(dim=-1) / count).log()
     return pooling[..., 0] * top + pooling[..., 1] * mean + pooling[..., 2] * lse
 
 
@@ -79,7 +169,7 @@ def readout_vjp(
     Writes the tokens' cotangent once: bound by memory bandwidth.
     """
     above = pre > threshold[..., None]
-    latent = torch.where(above, pre, torch.zeros_like(pre))
+    latent = threshold_latents(pre, threshold)
     through_latent = torch.where(above, _slope(latent, pooling, mask), torch.zeros_like(pre))
     share = activation_bar[:, None, None] * through_latent + drive_bar[:, None, None] * _slope(pre, pooling, mask)
     return torch.bmm((weight[..., None] * share).transpose(1, 2), direction).to(dtype)

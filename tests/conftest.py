@@ -28,6 +28,8 @@ CHECKED = tuple(
     for room in (
         "kernels.philox",
         "kernels.reference",
+        "kernels.reference_feature",
+        "kernels.reference_preprocess",
         "engine.sampler",
         "engine.runtime",
         "engine.prior.network",

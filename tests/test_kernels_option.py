@@ -68,26 +68,56 @@ def test_bad_values_are_refused(settings, words):
 
 
 INTERPRETED = """
-import json, sys
+import importlib, json, sys
 import torch
+from torch import nn
 import tiltscope
+from tiltscope.engine.feature.hooked import Trunk
+from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.tilt.worlds import GaussianWorld
+
+class Patches(Trunk):
+    # A token is a patch of 2x2 pixels.
+    def __init__(self):
+        super().__init__("patches", width=12, grid=(2, 2), num_prefix_tokens=0, image_size=(4, 4), mean=[0.4] * 3, std=[0.3] * 3)
+        self.turn = nn.Parameter(torch.eye(12), requires_grad=False)
+        self._set_tables(torch.float32)
+
+    def tokens(self, pixels):
+        patches = pixels.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5)
+        return patches.flatten(3).flatten(1, 2) @ self.turn
+
+def feature(window):
+    draw = torch.Generator().manual_seed(0)
+    places = (2, 2) if window else (4,)
+    readout = Readout(
+        torch.randn(1, 2, 12, *window, generator=draw) / 6, torch.zeros(1, 2), torch.tensor([[-torch.inf, 0.0]]),
+        torch.ones(1, 2), torch.tensor([[[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]]]), torch.ones(1, 2, *places, dtype=torch.bool),
+    )
+    return tiltscope.Feature.from_readout(Patches(), readout, name="patches")
+
 world = GaussianWorld(s=1.3, shape=(3, 4, 4))
-def draw(kernels, **settings):
-    return tiltscope.sample(world.prior, world.feature, num=2, lam=[1.0, 0.0], steps=5, kernels=kernels, **settings)
-errors = {}
-for name, settings in {"ddpm": {}, "dpmpp_2m_sde": {"solver": "dpmpp_2m_sde"}}.items():
-    ours, theirs = draw("triton", **settings), draw("reference", **settings)
-    errors[name] = float((ours.x0 - theirs.x0).abs().max())
-calls = ours.manifest["kernel_calls"]
-from tiltscope.kernels import guided_step
-del guided_step.guided_step
-try:
-    draw("triton")
-    broken = "it went on"
-except ImportError as error:
-    broken = type(error).__name__
-json.dump({"errors": errors, "calls": calls, "broken": broken}, sys.stdout)
+features = {"custom": world.feature, "linear": feature(()), "window": feature((3, 3))}
+def draw(kernels, name, **settings):
+    return tiltscope.sample(
+        world.prior, features[name], num=2, lam=[1.0, 0.0], steps=5, kernels=kernels, **settings
+    )
+found = {"errors": {}, "calls": {}, "reference": {}, "broken": {}}
+for name, settings in {"custom": {"solver": "dpmpp_2m_sde"}, "linear": {}, "window": {}}.items():
+    ours, theirs = draw("triton", name, **settings), draw("reference", name, **settings)
+    found["errors"][name] = float((ours.x0 - theirs.x0).abs().max())
+    found["calls"][name], found["reference"][name] = ours.manifest["kernel_calls"], theirs.manifest["kernel_calls"]
+for op in found["calls"]["window"]:
+    module = importlib.import_module("tiltscope.kernels." + op.removesuffix("_vjp"))
+    kernel = getattr(module, op)
+    delattr(module, op)
+    try:
+        draw("triton", "window")
+        found["broken"][op] = "it went on"
+    except ImportError as error:
+        found["broken"][op] = type(error).__name__
+    setattr(module, op, kernel)
+json.dump(found, sys.stdout)
 """
 
 
@@ -101,11 +131,18 @@ def interpreted(*words, cwd=None):
     return done.stdout
 
 
-def test_the_sampler_runs_on_the_triton_kernel_and_breaks_without_it():
+def test_the_sampler_runs_on_the_triton_kernels_and_breaks_without_any_of_them():
     found = json.loads(interpreted("-c", INTERPRETED))
-    assert found["calls"] == {"guided_step": {"triton": STEPS}}
+    guided = {"preprocess": STEPS + 1, "readout": STEPS + 1}  # every row, and the finished picture
+    windowed = guided | {"sae_rows": STEPS + 1}
+    for name, ops in {"custom": {}, "linear": guided, "window": windowed}.items():
+        backward = {f"{op}_vjp": STEPS for op in ops}
+        expected = {"guided_step": STEPS} | ops
+        assert found["reference"][name] == {op: {"reference": calls} for op, calls in expected.items()}
+        assert found["calls"][name] == {op: {"triton": calls} for op, calls in (expected | backward).items()}
     assert max(found["errors"].values()) < TOLERANCE
-    assert found["broken"] == "ImportError"
+    assert found["broken"] == dict.fromkeys(found["calls"]["window"], "ImportError")
+    assert len(found["broken"]) == 7
 
 
 @pytest.mark.slow
@@ -116,8 +153,11 @@ def test_explain_on_the_triton_kernels_gives_the_references_pictures(tiny_bundle
     for kernels in ("reference", "triton"):
         out = str(tmp_path / kernels)
         facts[kernels] = json.loads(interpreted(*words, "--kernels", kernels, "--out", out, cwd=tmp_path))
-    assert facts["triton"]["kernel_calls"] == {"guided_step": {"triton": 3}}
-    assert facts["reference"]["kernel_calls"] == {"guided_step": {"reference": 3}}
+    for kernels, backward in (("triton", ("preprocess_vjp", "readout_vjp")), ("reference", ())):
+        expected = dict.fromkeys(("guided_step", *backward), {kernels: 3}) | dict.fromkeys(
+            ("preprocess", "readout"), {kernels: 4}
+        )
+        assert facts[kernels]["kernel_calls"] == expected
     ours, theirs = (load_file(tmp_path / each / "samples.safetensors")["x0"] for each in ("triton", "reference"))
     # A guided row amplifies what the rows before it rounded: design's bound between runners.
     assert float((ours - theirs).square().mean().sqrt()) < 1e-3

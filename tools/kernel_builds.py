@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tiltscope.kernels import guided_step, readout, resample
+from tiltscope.kernels import guided_step, preprocess, readout, resample, sae_rows
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 # A multiprocessor's registers, and the warps and blocks that fit it; CUDA C++ programming guide, "compute capabilities".
@@ -110,6 +110,50 @@ def _readout_variant(name: str, kernel: Any, types: dict[str, str], constants: d
     return Variant(f"{name} ({label})", kernel, types, constants, readout.NUM_WARPS)
 
 
+def sae_rows_variant(tokens: str = "fp32", *, ALIGNED: bool = True) -> Variant:
+    """Rows of an encoder over tokens of a type; one variant serves linear rows and windows of any size."""
+    types = dict.fromkeys(sae_rows.POINTERS, "*fp32") | {"tokens_ptr": f"*{tokens}"}
+    constants = {"TOKENS": sae_rows.TOKENS, "WIDTH": sae_rows.WIDTH, "ALIGNED": ALIGNED}
+    return _sae_rows_variant("sae_rows", sae_rows._sae_rows_kernel, types, constants, tokens)
+
+
+def sae_rows_vjp_variant(tokens: str = "fp32", *, ALIGNED: bool = True) -> Variant:
+    """Its VJP."""
+    types = dict.fromkeys(sae_rows.VJP_POINTERS, "*fp32") | {"tokens_bar_ptr": f"*{tokens}"}
+    constants = {"TOKENS": sae_rows.VJP_TOKENS, "WIDTH": sae_rows.WIDTH, "ALIGNED": ALIGNED}
+    return _sae_rows_variant("sae_rows_vjp", sae_rows._sae_rows_vjp_kernel, types, constants, tokens)
+
+
+def _sae_rows_variant(
+    name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], tokens: str
+) -> Variant:
+    label = tokens if constants["ALIGNED"] else f"{tokens}, not aligned"
+    types |= {size: "i64" if size.startswith("stride") else "i32" for size in sae_rows.SIZES}
+    return Variant(f"{name} ({label})", kernel, types, constants, sae_rows.NUM_WARPS)
+
+
+def preprocess_variant(picture: str = "fp32", pixels: str = "fp32", **constants: bool) -> Variant:
+    """Pictures of a type to pixels of a type; constants RESIZED, CLAMP, ALIGNED."""
+    types = dict.fromkeys(preprocess.POINTERS, f"*{pixels}") | {"x0_ptr": f"*{picture}", "inside_ptr": "*i1"}
+    return _preprocess_variant("preprocess", preprocess._preprocess_kernel, types, (picture, pixels), constants)
+
+
+def preprocess_vjp_variant(picture: str = "fp32", pixels: str = "fp32", **constants: bool) -> Variant:
+    """Its VJP."""
+    types = dict.fromkeys(preprocess.VJP_POINTERS, f"*{pixels}") | {"x0_bar_ptr": f"*{picture}", "inside_ptr": "*i1"}
+    return _preprocess_variant("preprocess_vjp", preprocess._preprocess_vjp_kernel, types, (picture, pixels), constants)
+
+
+def _preprocess_variant(
+    name: str, kernel: Any, types: dict[str, str], of: tuple[str, str], constants: dict[str, bool]
+) -> Variant:
+    chosen = {"BLOCK": preprocess.BLOCK, "RESIZED": False, "CLAMP": False, "ALIGNED": True} | constants
+    words = [each.lower() if value else f"not {each.lower()}" for each, value in constants.items()]
+    label = ", ".join([of[0] if of[0] == of[1] else f"{of[0]} to {of[1]}", *words])
+    types |= dict.fromkeys(preprocess.SIZES, "i32")
+    return Variant(f"{name} ({label})", kernel, types, chosen, preprocess.NUM_WARPS)
+
+
 def resample_variant(weight: str = "fp32", *, ALL: int = 64) -> Variant:
     """Resampling of log-weights of a type, ALL particles a group."""
     types = dict.fromkeys(resample.POINTERS, f"*{weight}") | {"ancestor_ptr": "*i64", "due_ptr": "*i1", "num": "i32"}
@@ -122,9 +166,13 @@ def variants() -> list[Variant]:
     forms: tuple[dict[str, bool], ...] = ({}, {"SINGLE": True}, {"ALIGNED": False}, {"CHANNELS_LAST": True})
     made = [guided_step_variant(network, **form) for network in ("fp32", "bf16") for form in forms]
     made.append(guided_step_variant("fp16"))
-    for build in (readout_variant, readout_vjp_variant):
+    for build in (readout_variant, readout_vjp_variant, sae_rows_variant, sae_rows_vjp_variant):
         made += [build(tokens) for tokens in ("fp32", "bf16", "fp16")]
         made.append(build(ALIGNED=False))
+    forms = ({}, {"ALIGNED": False}, {"RESIZED": True}, {"RESIZED": True, "CLAMP": True})
+    for build in (preprocess_variant, preprocess_vjp_variant):
+        made += [build(**form) for form in forms]
+        made += [build("fp32", "bf16", **form) for form in ({}, {"RESIZED": True})]
     return [*made, resample_variant(), resample_variant(ALL=1024), resample_variant("fp64", ALL=1024)]
 
 

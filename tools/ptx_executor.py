@@ -139,6 +139,18 @@ def _logic3(a: Values, b: Values, c: Values, table: Values) -> Values:
     return made
 
 
+def _permute(a: Values, b: Values, choice: Values) -> Values:
+    """prmt: each byte is one of the eight of (a, b), told by four bits of `choice`, or its sign eight times over."""
+    pool = np.stack([each.astype(np.uint32) >> np.uint32(8 * at) & np.uint32(255) for each in (a, b) for at in range(4)])
+    made = np.zeros_like(a, dtype=np.uint32)
+    for at in range(4):
+        nibble = choice >> np.uint32(4 * at) & np.uint32(15)
+        byte = np.take_along_axis(pool, (nibble & np.uint32(7)).astype(np.int64)[None], 0)[0]
+        byte = np.where(nibble >= 8, np.where(byte >= 128, np.uint32(255), np.uint32(0)), byte)
+        made |= byte << np.uint32(8 * at)
+    return made
+
+
 _FMA = _exact(lambda a, b, c: a * b + c)
 _ARITHMETIC: dict[str, Callable[..., Values]] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 _FLOAT: dict[str, Callable[..., Values]] = {
@@ -207,6 +219,8 @@ def _meaning(each: Instruction) -> Meaning:
             return kind, product or np.multiply
     elif (name in _BITS and kind in _BIT_TYPES and not rest) or (name == "selp" and kind in DTYPES and not rest):
         return kind, _BITS.get(name, np.where)
+    elif name == "prmt" and mods == ["b32"]:
+        return kind, _permute
     elif name in ("shl", "shr") and kind in DTYPES and not rest:
         return kind, lambda a, by: _shift(a, by, left=name == "shl")
     elif name == "setp" and kind in DTYPES and len(mods) <= 3 and mods[0][:2] in _COMPARE and mods[0][2:] in ("", "u"):
@@ -274,7 +288,7 @@ class Block:
         elif operand.startswith(("0d", "0D")):
             return np.full(n, int(operand[2:], 16), np.uint64).view(dtype)
         else:
-            number = int(operand, 0)
+            number = int(operand.rstrip("U"), 0)
         if dtype.kind == "f":
             return np.full(n, number, dtype)
         if dtype.kind == "b":

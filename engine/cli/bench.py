@@ -10,8 +10,8 @@ from tiltscope.engine.cli.common import Common
 from tiltscope.engine.cli.screen import put_json, stage
 from tiltscope.engine.errors import ConfigError, ParityError
 
-CASES = ("row", "picture", "update", "throughput", "host", "latent")
-# latent holds 2 GB: only where it is asked for.
+CASES = ("row", "picture", "update", "throughput", "host", "sae_rows")
+# sae_rows holds 2 GB: only where it is asked for.
 _USUAL = CASES[:-1]
 
 
@@ -20,7 +20,7 @@ class Arguments:
     """Time the engine's parts on this machine, each beside its baseline in one run, after holding it to the reference."""
 
     cases: Annotated[list[str], tyro.conf.Positional] = field(default_factory=lambda: list(_USUAL))
-    """row | picture | update | throughput | host | latent"""
+    """row | picture | update | throughput | host | sae_rows"""
     feature: str | None = None
     """whose gradient is taken (default: the bundle's first)"""
     runners: tuple[str, ...] = ("torch",)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.hooked import CPU, Trunk
-from tiltscope.engine.feature.resize import resize, resize_matrix
 from tiltscope.engine.prior.decoder import Decoder
+from tiltscope.kernels.dispatch_preprocess import preprocess
+from tiltscope.kernels.implementation import Implementation
+from tiltscope.kernels.reference_preprocess import resize_matrix
 
 
 class DecodedTrunk(Trunk):
@@ -46,16 +48,19 @@ class DecodedTrunk(Trunk):
     def input_shape(self) -> tuple[int, ...]:
         return self.shape
 
-    def forward(self, x0: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch tokens width"]:
+    def forward(
+        self, x0: Float[Tensor, "batch channel height width"], *, kernels: Implementation = "reference"
+    ) -> Float[Tensor, "batch tokens width"]:
         """Raises ConfigError for samples of another shape."""
         if x0.shape[1:] != self.shape:
             raise ConfigError(
                 f"the trunk reads samples [batch, {', '.join(map(str, self.shape))}]; got {list(x0.shape)}"
             )
         picture = x0.to(self.dtype) if self.decoder is None else self.decoder(x0)
-        if self.from_size != self.image_size:
-            picture = resize(picture, self.rows, self.columns)
-        return self.trunk(picture)
+        matrices = (self.rows, self.columns) if self.from_size != self.image_size else (None, None)
+        mean, std = self.trunk.mean, self.trunk.std
+        pixels = preprocess(picture, mean, std, *matrices, dtype=self.dtype, implementation=kernels)
+        return self.trunk.hooked(pixels)
 
     def rescaled(self) -> Trunk:
         return DecodedTrunk(self.trunk.rescaled(), shape=self.shape, decoder=self.decoder)

@@ -19,6 +19,7 @@ from tiltscope.engine.feature.address import FeatureAddress
 from tiltscope.engine.feature.hooked import CPU, Trunk
 from tiltscope.engine.feature.readout import Readout, read, token_map
 from tiltscope.engine.trial import check_name, trial_values
+from tiltscope.kernels.implementation import Implementation
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -89,14 +90,15 @@ class Feature:
         return self.activation_and_drive(x0)[0]
 
     def activation_and_drive(
-        self, x0: Float[Tensor, "batch *shape"]
+        self, x0: Float[Tensor, "batch *shape"], *, kernels: Implementation = "reference"
     ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
         """(activation, drive): drive is the same sum before any threshold, which guidance differentiates.
 
-        Custom: the same number twice; ConfigError where it is not a real floating tensor [batch].
+        Custom: the same number twice; ConfigError where it is not a real floating tensor [batch]. kernels: which implementation
+        of the ops on the way runs.
         """
         if self.trunk is not None and self.readout is not None:
-            return read(self.trunk(x0), self.readout)
+            return read(self.trunk(x0, kernels=kernels), self.readout, kernels=kernels)
         value: Any = self._activation(x0)
         _check_answer(value, x0, self.name)
         return value, value

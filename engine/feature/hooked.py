@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tiltscope.engine.errors import ConfigError
+from tiltscope.kernels.dispatch_preprocess import preprocess
+from tiltscope.kernels.implementation import Implementation
 
 CPU = torch.device("cpu")
 LEAST_MEAN_SQUARE = 1e-12
@@ -74,13 +76,19 @@ class Trunk(nn.Module):
         """The hooked layer of normalised pixels."""
         raise NotImplementedError
 
-    def forward(self, x0: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens channel"]:
-        """Raises ConfigError for pictures of another size."""
+    def forward(
+        self, x0: Float[Tensor, "batch 3 height width"], *, kernels: Implementation = "reference"
+    ) -> Float[Tensor, "batch tokens channel"]:
+        """kernels: which implementation of the op preprocess runs. Raises ConfigError for pictures of another size."""
         if x0.ndim != 4 or x0.shape[1:] != self.input_shape:
             raise ConfigError(
                 f"the trunk reads pictures [batch, 3, {self.image_size[0]}, {self.image_size[1]}]; got {list(x0.shape)}"
             )
-        tokens = self.tokens(((x0.to(self.dtype) + 1) / 2 - self.mean) / self.std)
+        return self.hooked(preprocess(x0, self.mean, self.std, dtype=self.dtype, implementation=kernels))
+
+    def hooked(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens channel"]:
+        """The hooked layer of normalised pixels, its tokens brought to one length where this trunk is `rescaled`."""
+        tokens = self.tokens(pixels)
         if not self.rescales:
             return tokens
         # The least mean square keeps the derivative of a token of zeros finite.

@@ -23,9 +23,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tiltscope.kernels.dispatch_feature import readout as read_tokens
+from tiltscope.kernels.dispatch_feature import readout_of_rows as read_rows
+from tiltscope.kernels.dispatch_feature import sae_rows
+from tiltscope.kernels.implementation import Implementation
+from tiltscope.kernels.reference_feature import LSE_TEMPERATURE as LSE_TEMPERATURE
+from tiltscope.kernels.reference_feature import pool as pool
+from tiltscope.kernels.reference_feature import threshold_latents as threshold_latents
+
 # A batch size: symbolic while a graph is being traced.
 Size = int | torch.SymInt
-LSE_TEMPERATURE = 0.2
 # The published mix (method: 0.7 max + 0.3 mean over the central half); columns max, mean, lse.
 MIXTURES: dict[str, tuple[float, float, float]] = {
     "centre": (0.7, 0.3, 0.0),
@@ -136,58 +143,13 @@ class Readout:
         return Readout(*(torch.cat([getattr(r, f.name) for r in padded], dim=0) for f in fields(Readout)))
 
 
-def pool(
-    values: Float[Tensor, "batch rows tokens"],
-    pooling: Float[Tensor, "batch rows 3"],
-    mask: Bool[Tensor, "batch rows tokens"],
-) -> Float[Tensor, "batch rows"]:
-    """m_0 max + m_1 mean + m_2 lse over the tokens of `mask`. The gradient at a tie of the maximum is shared equally.
-
-    Masked tokens are filled with a finite number, never -inf: -inf * 0 in the backward pass would be NaN.
-    """
-    lowest = torch.finfo(values.dtype).min / 4
-    count = mask.sum(dim=-1).clamp(min=1)
-    top = values.masked_fill(~mask, lowest).amax(dim=-1)
-    mean = values.masked_fill(~mask, 0.0).sum(dim=-1) / count
-    # Shifted by the maximum so that exp cannot overflow; the shift is a constant of the derivative (it cancels).
-    shift = top.detach()
-    excess = ((values - shift[..., None]) / LSE_TEMPERATURE).masked_fill(~mask, lowest)
-    lse = shift + LSE_TEMPERATURE * (torch.exp(excess).sum(dim=-1) / count).log()
-    return pooling[..., 0] * top + pooling[..., 1] * mean + pooling[..., 2] * lse
-
-
 def pre_activations(
-    tokens: Float[Tensor, "batch tokens width"], readout: Readout
+    tokens: Float[Tensor, "batch tokens width"], readout: Readout, *, kernels: Implementation = "reference"
 ) -> Float[Tensor, "batch rows tokens"]:
-    """direction_k . token_n + bias_k: one product a sample (bmm), so that batch mates cannot change its rounding."""
+    """direction_k . token_n + bias_k, or the window's: the op sae_rows, by the implementation asked for."""
     readout = readout.expand(tokens.shape[0])
-    tokens = tokens.to(readout.direction.dtype)
-    if not readout.window:
-        return torch.baddbmm(readout.bias[..., None], readout.direction, tokens.transpose(1, 2))
-    b, k, d, height, width = readout.direction.shape
-    # Every tap's row at every token, then shifted and summed: K h w numbers a token, where gathering windows takes d h w.
-    taps = readout.direction.permute(0, 1, 3, 4, 2).reshape(b, k * height * width, d)
-    gh, gw = readout.mask.shape[2:]
-    maps = torch.bmm(taps, tokens.transpose(1, 2)).reshape(b, k, height, width, gh, gw)
-    up, left = height // 2, width // 2
-    maps = F.pad(maps, [left, left, up, up])
-    rows = _sum([maps[:, :, y, :, y : y + gh] for y in range(height)])  # [b, K, width, gh, gw + 2 left]
-    summed = _sum([rows[:, :, x, :, x : x + gw] for x in range(width)])  # [b, K, gh, gw]
-    return summed.flatten(2) + readout.bias[..., None]
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def threshold_latents(
-    pre: Float[Tensor, "batch rows tokens"], threshold: Float[Tensor, "#batch rows"]
-) -> Float[Tensor, "batch rows tokens"]:
-    """pre where pre > threshold, else 0."""
-    return torch.where(pre > threshold[..., None], pre, torch.zeros_like(pre))
+    grid = tuple(readout.mask.shape[2:]) if readout.window else None
+    return sae_rows(tokens, readout.direction, readout.bias, grid=grid, implementation=kernels)
 
 
 def pool_latents(tokens: Float[Tensor, "batch tokens width"], readout: Readout) -> Float[Tensor, "batch rows"]:
@@ -198,20 +160,20 @@ def pool_latents(tokens: Float[Tensor, "batch tokens width"], readout: Readout) 
 
 
 def read(
-    tokens: Float[Tensor, "batch tokens width"], readout: Readout
+    tokens: Float[Tensor, "batch tokens width"], readout: Readout, *, kernels: Implementation = "reference"
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
     """-> (activation [batch], drive [batch]) as in the module's docstring, in the readout's dtype (float32 or float64).
 
-    tokens may be in a lower precision; they are widened first. No host synchronisation, no branch on values.
+    tokens may be in a lower precision; they are widened first. kernels: which implementation of the ops runs. No host
+    synchronisation, no branch on values.
     Proved by tests/feature/test_readout.py: equal to a slow loop, gradient of drive alive where activation is flat zero,
     sums of features, bitwise independence of batch mates.
     """
     readout = readout.expand(tokens.shape[0])
-    pre = pre_activations(tokens, readout)
-    latent = threshold_latents(pre, readout.threshold)
-    activation = (readout.weight * pool(latent, readout.pooling, readout.mask.flatten(2))).sum(dim=-1)
-    drive = (readout.weight * pool(pre, readout.pooling, readout.mask.flatten(2))).sum(dim=-1)
-    return activation, drive
+    pooled = (readout.threshold, readout.weight, readout.pooling, readout.mask.flatten(2))
+    if readout.window:
+        return read_rows(pre_activations(tokens, readout, kernels=kernels), *pooled, implementation=kernels)
+    return read_tokens(tokens, readout.direction, readout.bias, *pooled, implementation=kernels)
 
 
 def token_map(tokens: Float[Tensor, "batch tokens width"], readout: Readout) -> Float[Tensor, "batch tokens"]:

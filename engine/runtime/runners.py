@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tiltscope.engine.prior.prior import Prior
     from tiltscope.engine.runtime.artefact import Artefact
     from tiltscope.engine.runtime.step import Step
+    from tiltscope.kernels.implementation import Implementation
 
 GROUP = "tiltscope.runners"
 REFERENCE = "torch"
@@ -88,17 +89,24 @@ def exporter(runner: str) -> Exporter:
 
 
 def step_for(
-    runner: str, prior: "Prior", feature: "Feature", dtype: "torch.dtype", *, allow_parity_failure: bool = False
+    runner: str,
+    prior: "Prior",
+    feature: "Feature",
+    dtype: "torch.dtype",
+    *,
+    allow_parity_failure: bool = False,
+    kernels: "Implementation" = "reference",
 ) -> Gated:
     """The runner's step for this prior and feature, held to its artefact's self-test.
 
-    Raises RunnerError, BundleError, or ParityError saying where the error enters; allow_parity_failure logs that instead.
+    kernels: of the ops around the trunk, with the runner torch; the graphs of others hold the definitions. Raises RunnerError,
+    BundleError, or ParityError saying where the error enters; allow_parity_failure logs that instead.
     """
     from tiltscope.engine.errors import ParityError
     from tiltscope.engine.runtime.step import TorchStep
 
     if runner == REFERENCE:
-        return Gated(TorchStep(prior, feature), None, None)
+        return Gated(TorchStep(prior, feature, kernels=kernels), None, None)
     from tiltscope.engine.runtime.gate import check_errors, relative_errors
 
     chosen = exporter(runner)

@@ -21,6 +21,7 @@ from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.feature.readout import Readout, read
 from tiltscope.engine.prior.prior import Prior
+from tiltscope.kernels.implementation import Implementation
 
 Pullback = Callable[[Tensor], Tensor]
 
@@ -58,11 +59,15 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class TorchStep:
-    """The reference runner: autograd in eager torch. Every other runner is held to its numbers."""
+    """The reference runner: autograd in eager torch. Every other runner is held to its numbers.
+
+    kernels: which implementation of the ops runs before and behind the trunk (preprocess, sae_rows, readout).
+    """
 
     prior: Prior
     feature: Feature
     name: str = "torch"
+    kernels: Implementation = "reference"
 
     def denoise(self, x: Float[Tensor, "batch ..."], sigma: Float64[Tensor, "batch"]) -> Float[Tensor, "batch ..."]:
         """D, as every method here computes it."""
@@ -116,8 +121,8 @@ class TorchStep:
 
     def _read(self, x0: Tensor, readout: Readout | None) -> tuple[Tensor, Tensor]:
         if readout is None or self.feature.trunk is None:
-            return self.feature.activation_and_drive(x0)
-        return read(self.feature.trunk(x0), readout)
+            return self.feature.activation_and_drive(x0, kernels=self.kernels)
+        return read(self.feature.trunk(x0, kernels=self.kernels), readout, kernels=self.kernels)
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class ListeningStep(TorchStep):
                 f"solver: got ddpm_learned_range, but prior {step.prior.name} has learned no variance; "
                 "give ddpm or ddpm_fixed_large"
             )
-        return ListeningStep(step.prior, step.feature, step.name)
+        return ListeningStep(step.prior, step.feature, step.name, step.kernels)
 
     def denoise(self, x: Float[Tensor, "batch ..."], sigma: Float64[Tensor, "batch"]) -> Float[Tensor, "batch ..."]:
         network = self.prior.network

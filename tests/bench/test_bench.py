@@ -64,14 +64,16 @@ def test_a_case_times_every_way_beside_its_baseline(options, case):
 
 
 def test_one_row_of_a_convolutional_encoder_is_its_latent(options):
-    lines = list(cases.latent(options, encoder=(8, 24, 3, 6)))
+    lines = list(cases.sae_rows(options, encoder=(8, 24, 3, 6)))
     assert [line.way for line in lines] == ["encoder", "row"]
     assert lines[1].refused is None
+    # Its bound is that of one latent's products, of 24: the gradient of the tokens too.
+    assert lines[0].more["bound_ms"] > 10 * lines[1].more["bound_ms"] > 0
 
 
 def test_another_row_than_the_encoders_is_not_timed(options, monkeypatch):
     monkeypatch.setattr(cases, "read", lambda tokens, own: (1.001 * read(tokens, own)[0], None))
-    (line,) = cases.latent(options, encoder=(8, 24, 3, 6))
+    (line,) = cases.sae_rows(options, encoder=(8, 24, 3, 6))
     assert "activation differs" in line.refused
 
 

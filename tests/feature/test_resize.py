@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiltscope.engine.feature.resize import resize, resize_matrix
+from tiltscope.kernels.reference_preprocess import resize, resize_matrix
 
 
 def pixels(num=3, size=(24, 20), dtype=torch.float64):

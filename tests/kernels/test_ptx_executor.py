@@ -98,6 +98,11 @@ A, B = ((T * number % 2**32).astype(np.uint32) for number in (2654435769, 101390
         ("shr.s32 %r5, %r3, %r1;", A.view(np.int32) >> np.minimum(T, 31).astype(np.int32)),
         ("shl.b32 %r5, %r3, %r1;", np.where(T < 32, A << np.minimum(T, 31).astype(np.uint32), 0)),
         ("bfe.u32 %r5, %r3, 5, 7;", A >> 5 & 127),
+        (
+            "prmt.b32 %r5, %r3, %r4, 0x5140U;",
+            (A & 255) | (B & 255) << 8 | (A >> 8 & 255) << 16 | (B >> 8 & 255) << 24,
+        ),
+        ("prmt.b32 %r5, %r3, %r4, 0xBBBB;", np.where(A >> 31, 0xFFFFFFFF, 0)),
         ("bfe.s32 %r5, %r3, 5, 7;", ((A >> 5 & 127).astype(np.int64) ^ 64) - 64),
         ("div.s32 %r5, %r3, 7;", np.trunc(A.view(np.int32) / 7).astype(np.int64)),
         ("cvt.rn.f32.u32 %r5, %r3;", A.astype(np.float32).view(np.uint32)),
