@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tiltscope.engine.errors import ExportError, RunnerError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.prior.prior import Prior
-from tiltscope.engine.runtime.compiled_step import SUFFIX, CompiledGraphs, cpu_features
+from tiltscope.engine.runtime.compiled_step import SUFFIX, CompiledGraphs
+from tiltscope.engine.runtime.cpu import cpu_features
 from tiltscope.engine.runtime.exported import MAX_BATCH, ExportedStep, network_parts
 from tiltscope.engine.runtime.step import Step
 from tiltscope.export.graphs import traced_graphs
@@ -68,6 +69,7 @@ class Compiled:
 
     artefact = "compile"
     dtypes = ("float32", "float64")
+    refused = dict.fromkeys(("float16", "bfloat16"), "on a CPU they are emulated, slower than float32 and less exact")
     max_batch = MAX_BATCH
 
     def facts(self) -> dict[str, Any]:

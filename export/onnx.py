@@ -1,6 +1,7 @@
 """ONNX files of a step's graphs: what ONNX Runtime, OpenVINO and TensorRT read.
 
     FOLDER/<graph>.onnx       opset OPSET, batch symbolic, weights inside; metadata: hook, dtype, rows, versions
+    FOLDER/<graph>.weights    its weights, where they are more than one ONNX file can hold (2 GB)
     FOLDER/schedule.json      what noise levels decide, for an embedding without torch (engine/runtime/schedule.py)
 
 Checked by onnx.checker before they are kept. Knows traced graphs and files; runs nothing.
@@ -11,7 +12,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ from tiltscope.export.graphs import traced_graphs
 from tiltscope.export.locate import Run, locate
 from tiltscope.export.trace import StepGraph
 
+WEIGHTS_SUFFIX = ".weights"
+# Bytes of weights. A protocol buffer ends at 2^31 bytes, of which the graph itself takes a few million.
+INSIDE_AT_MOST = 2**31 - 2**27
 # 20 is the exporter's own; bfloat16 convolutions need 22.
 OPSET = {torch.float32: 20, torch.float16: 20, torch.bfloat16: 22}
 
@@ -83,11 +87,18 @@ def write_onnx(
     for key, value in metadata.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
+    large = sum(len(each.raw_data) for each in model.graph.initializer) > INSIDE_AT_MOST
+    if large:
+        # Changes the model: its weights are in the other file from here on.
+        weights = path.with_suffix(WEIGHTS_SUFFIX)
+        weights.unlink(missing_ok=True)  # or they would be appended to what is there
+        onnx.save_model(model, path, save_as_external_data=True, location=weights.name, size_threshold=1024)
     try:
-        onnx.checker.check_model(model)
-    except Exception as error:
+        onnx.checker.check_model(str(path) if large else model)
+    except onnx.checker.ValidationError as error:
         raise ExportError(f"graph {name}: not valid ONNX ({error})") from error
-    path.write_bytes(model.SerializeToString())
+    if not large:
+        path.write_bytes(model.SerializeToString())
 
 
 class OnnxExporter:
@@ -96,8 +107,17 @@ class OnnxExporter:
     artefact = "onnx"
     max_batch = MAX_BATCH
 
-    def __init__(self, runner: str, open_graph: Callable[[Path], Engine], dtypes: tuple[str, ...]) -> None:
-        self.runner, self._open_graph, self.dtypes = runner, open_graph, dtypes
+    def __init__(
+        self,
+        runner: str,
+        open_graph: Callable[[Path], Engine],
+        open_again: Callable[[Path], Engine],
+        *,
+        dtypes: tuple[str, ...],
+        refused: Mapping[str, str],
+    ) -> None:
+        self.runner, self.dtypes, self.refused = runner, dtypes, refused
+        self._open_graph, self._open_again = open_graph, open_again
 
     def facts(self) -> dict[str, Any]:
         """The opset is the exporter's affair, the engine's version that of the gate: files are the same for both."""
@@ -113,7 +133,7 @@ class OnnxExporter:
     def load(self, folder: Path, prior: Prior, feature: Feature, dtype: torch.dtype) -> Step:
         """The step from `folder`'s files."""
         denoiser, _, _ = network_parts(prior, feature, self.runner)
-        return ExportedStep(self.runner, denoiser, GraphFiles(folder, self._open_graph), dtype, self.max_batch)
+        return ExportedStep(self.runner, denoiser, GraphFiles(folder, self._open_again), dtype, self.max_batch)
 
     def cannot_run(self) -> str | None:
         return None
@@ -160,9 +180,22 @@ def write_graphs(prior: Prior, feature: Feature, runner: str, folder: Path) -> N
         write_onnx(graph, name, example, folder / f"{name}.onnx", metadata)
 
 
-# onnxruntime's CPU provider has no bfloat16 convolution, and OpenVINO's hint decides its precision, not the file.
-onnx_exporter = OnnxExporter("onnx", onnx_step.open_graph, ("float32", "float16"))
-openvino_exporter = OnnxExporter("openvino", openvino_step.open_graph, ("float32",))
+_NO_FLOAT64 = "no file is written in float64, which is the reference's"
+onnx_exporter = OnnxExporter(
+    "onnx",
+    onnx_step.open_graph,
+    onnx_step.open_again,
+    dtypes=("float32", "float16"),
+    refused={"bfloat16": "ONNX Runtime has no bfloat16 convolution for a CPU", "float64": _NO_FLOAT64},
+)
+openvino_exporter = OnnxExporter(
+    "openvino",
+    openvino_step.open_graph,
+    openvino_step.open_again,
+    dtypes=("float32",),
+    refused={"float64": _NO_FLOAT64}
+    | dict.fromkeys(("float16", "bfloat16"), "on a CPU its setting decides what it computes in, float32, not the file"),
+)
 
 
 @contextlib.contextmanager

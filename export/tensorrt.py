@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Tensorrt:
     """The exporter of the runners `tensorrt` and `tensorrt_rtx`: the module is called as the runner is."""
 
     dtypes = ("float32", "float16", "bfloat16")
+    refused = MappingProxyType({"float64": "no TensorRT convolves in float64"})
     max_batch = BUCKETS[-1]
 
     def __init__(self, runner: str) -> None:
@@ -44,7 +46,7 @@ class Tensorrt:
     def facts(self) -> dict[str, Any]:
         """Version, targets and profiles. Raises RunnerError naming the extra where the module is missing."""
         trt = needed(self.runner, self.runner)
-        return {"tensorrt": trt.__version__, "targets": self._targets(), "buckets": list(BUCKETS)}
+        return {"tensorrt": trt.__version__, "targets": list(self._targets()), "buckets": list(BUCKETS)}
 
     def cannot_run(self) -> str | None:
         """A missing module is named first: it can be installed; a missing GPU cannot."""

@@ -128,7 +128,7 @@ def look_after(arguments: Arguments) -> None:
         return
     for each in kept:
         key: dict[str, Any] = each["key"] or {}
-        words = [str(key.get(name)) for name in ("kind", "hook", "dtype")]
+        words = [str(key[name]) for name in ("kind", "hook", "dtype") if name in key]
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(each["last_used"]))
         print(f"{each['bytes'] / 1e6:6.0f} MB  {used}  {' '.join(words)}  {Path(each['folder']).name[:12]}")
     for folder in in_use:

@@ -4,6 +4,8 @@
     CACHE/<key>/selftest.safetensors    inputs of the step and the float64 reference's outputs (gate.py)
     CACHE/<key>/...                     the model, whatever the runner needs
 
+What an engine makes of a model file before it can run it is an entry of its own, without a self-test (opened.py).
+
 The key holds what decides whether an artefact may serve: kind, the weights themselves, hook, readout shape, dtype, versions,
 machine, and what else the exporter says its files depend on. How folders come, stay and go is cache.py's affair.
 """
@@ -73,8 +75,7 @@ def artefact_key(
             for module in (None if prior.network is None else prior.network.network, feature.trunk)
         ],
         "dtype": str(dtype).removeprefix("torch."),
-        "versions": _versions(),
-        "machine": platform.machine(),
+        **here(),
         **(facts or {}),
     }
 
@@ -121,21 +122,37 @@ def made_by_this_version(key: dict[str, Any] | None) -> bool:
     return key is not None and key.get("versions") == _versions() and key.get("machine") == platform.machine()
 
 
+def file_hashes(folder: Path) -> dict[str, str]:
+    """{file: sha256} as the description of an artefact says; `obtain` has checked them."""
+    return {name: entry["sha256"] for name, entry in read_json(folder / DESCRIPTION)["files"].items()}
+
+
+def here() -> dict[str, Any]:
+    """Of every key: which installation made it, on which kind of machine."""
+    return {"versions": _versions(), "machine": platform.machine()}
+
+
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("tiltscope", "torch", "diffusers", "transformers")}
 
 
-def obtain(key: dict[str, Any], build: Callable[[Path], None], self_test: Callable[[], SelfTest]) -> Artefact:
-    """The artefact of `key` from the cache; where it is missing, `build` fills a folder and `self_test` is stored with it.
+def obtain(
+    key: dict[str, Any], build: Callable[[Path], None], self_test: Callable[[], SelfTest] | None = None
+) -> Artefact:
+    """The artefact of `key` from the cache; where it is missing, `build` fills a folder; `self_test`, if any, is stored with it.
+
+    key: what JSON can say. A tuple in it is the list that the description will give back.
 
     Raises RunnerError for a cache that is not safe or an artefact of something else, BundleError for a damaged one, and whatever
     `build` raises.
     """
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    said = json.dumps(key, sort_keys=True)
+    name, key = hashlib.sha256(said.encode()).hexdigest(), json.loads(said)
 
     def build_whole(place: Path) -> None:
         build(place)
-        self_test().save(place / SELF_TEST)
+        if self_test is not None:
+            self_test().save(place / SELF_TEST)
         files = {
             path.relative_to(place).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
             for path in sorted(place.rglob("*"))

@@ -4,29 +4,15 @@ What is loaded is machine code for any batch. No compiler runs here, so nothing 
 loads and runs it where there is none.
 """
 
-import hashlib
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tiltscope.engine.errors import RunnerError
 
 SUFFIX = ".pt2"
-
-
-def cpu_features() -> str:
-    """What this processor can do, as one hash: the code is for exactly that."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
-    told = " ".join(sorted(flags)) or f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 class CompiledGraphs:

@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from tiltscope.engine.runtime.exported import Engine, needed, threads
+from tiltscope.engine.runtime.opened import opened_before
+
+_COMPILED = "compiled.blob"
 
 
 def open_graph(path: Path) -> Engine:
@@ -11,13 +14,35 @@ def open_graph(path: Path) -> Engine:
 
     OpenVINO's own choice of precision is bfloat16 where the CPU has it: the gradient is then off by percents.
     """
+    return _run(_compiled(path))
+
+
+def open_again(path: Path) -> Engine:
+    """Likewise for a file of an artefact: compiled once, and every other time opened as it then was."""
     core = needed("openvino", "openvino").Core()
-    settings = {
+
+    def make(place: Path) -> None:
+        found: Any = _compiled(path).export_model()
+        (place / _COMPILED).write_bytes(found if isinstance(found, bytes) else found.getvalue())
+
+    folder = opened_before(path, "openvino", _settings(), make)
+    return _run(core.import_model((folder / _COMPILED).read_bytes(), "CPU", _settings()))
+
+
+def _settings() -> dict[str, Any]:
+    return {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": threads(),
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    model: Any = core.compile_model(core.read_model(path), "CPU", settings)
+
+
+def _compiled(path: Path) -> Any:
+    core = needed("openvino", "openvino").Core()
+    return core.compile_model(core.read_model(path), "CPU", _settings())
+
+
+def _run(model: Any) -> Engine:
     # Copies: the arrays it gives are its own, and the next call writes into them.
     return lambda given: [each.copy() for each in model(given).to_tuple()]

@@ -6,7 +6,7 @@ trusted (gate.py). This module imports no torch: the command line's --help reads
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -37,6 +37,8 @@ class Exporter(Protocol):
     """what its files are called in the cache's key; exporters that read the same files say the same"""
     dtypes: tuple[str, ...]
     """what its networks can compute in"""
+    refused: Mapping[str, str]
+    """what they cannot, where there is a reason to tell: dtype to a clause"""
     max_batch: int
     """the largest batch its files serve"""
 
@@ -139,8 +141,9 @@ def build_step(runner: str, prior: "Prior", feature: "Feature", dtype: "torch.dt
 
     chosen = exporter(runner)
     if (asked := str(dtype).removeprefix("torch.")) not in chosen.dtypes:
+        why = f" ({chosen.refused[asked]})" if asked in chosen.refused else ""
         raise RunnerError(
-            f"runner {runner}: got dtype {asked}, allowed here: {', '.join(chosen.dtypes)}; or use --runner torch"
+            f"runner {runner}: got dtype {asked}, allowed here: {', '.join(chosen.dtypes)}{why}; or use --runner torch"
         )
 
     def self_test() -> SelfTest:

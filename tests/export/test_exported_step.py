@@ -226,6 +226,101 @@ def test_a_truncated_file_and_a_stale_one_are_refused(bundle, home):
         tiltscope.sample(bundle.prior, bundle.feature(FEATURES[0]), **asked)
 
 
+@pytest.mark.parametrize(("runner", "module"), [("onnx", onnx_step), ("openvino", openvino_step)])
+def test_what_an_engine_made_of_a_file_is_opened_by_the_next_process(
+    bundle, feature, runner, module, home, monkeypatch
+):
+    """The same numbers, bit for bit, without the seconds of optimising; of another file or another version, made anew."""
+    given = [each.numpy() for each in examples(bundle.prior, feature)["measure"]]
+    named = dict(zip(INPUTS["measure"], given, strict=True))
+    (path,) = cache_folder().glob("*/measure.onnx")
+    plain = module.open_graph(path)(named)
+    made = []
+    real = module.opened_before
+
+    def counted(path, engine, settings, make):
+        return real(path, engine, settings, lambda place: (made.append(path), make(place)))
+
+    monkeypatch.setattr(module, "opened_before", counted)
+    for _ in range(2):
+        for one, other in zip(module.open_again(path)(named), plain, strict=True):
+            assert (one == other).all()
+    assert made == [path]
+    monkeypatch.setattr("tiltscope.engine.runtime.opened.version", lambda name: "0.0")
+    module.open_again(path)
+    assert made == [path, path]
+    description = path.parent / "artefact.json"
+    facts = json.loads(description.read_text())
+    facts["files"]["measure.onnx"]["sha256"] = "0" * 64
+    description.write_text(json.dumps(facts))
+    module.open_again(path)
+    assert made == [path, path, path]
+
+
+def test_what_an_engine_made_of_a_file_is_checked_before_it_is_opened(bundle, home):
+    asked = {"num": 1, "lam": 1.0, "steps": 2, "runner": "onnx"}
+    tiltscope.sample(bundle.prior, bundle.feature(FEATURES[0]), **asked)
+    path = next(cache_folder().glob("*/optimised.onnx"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"optimised\.onnx has .* bytes instead of .* remove"):
+        tiltscope.sample(bundle.prior, bundle.feature(FEATURES[0]), **asked)
+
+
+@pytest.mark.parametrize(
+    ("runner", "dtype", "why"),
+    [
+        ("onnx", "bfloat16", "ONNX Runtime has no bfloat16 convolution for a CPU"),
+        ("openvino", "float16", "its setting decides what it computes in"),
+        ("tensorrt_rtx", "float64", "no TensorRT convolves in float64"),
+    ],
+)
+def test_a_dtype_that_export_refuses_has_its_reason(runner, dtype, why, tiny_bundle, empty_home, capsys):
+    assert run(["export", "--bundle", str(tiny_bundle), "--runner", runner, "--dtype", dtype, "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert f"got dtype {dtype}, allowed here: float" in told
+    assert why in told
+    assert not list(empty_home.rglob("*.onnx"))
+
+
+@pytest.mark.slow
+def test_a_float16_export_passes_the_limits_of_float16(tiny_bundle, empty_home, capsys):
+    """And is float16: it is off by more than any float32 is."""
+    words = ["export", "--bundle", str(tiny_bundle), "--dtype", "float16", "--batch", "1,3", "--quiet", "--json"]
+    assert run(words) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["failure"] is None
+    assert facts["key"]["dtype"] == "float16"
+    assert len(facts["parity"]) == len(LEVELS) * 2 * 2
+    assert 1e-4 < max(row["grad_a"] for row in facts["parity"]) < 4e-2
+    onnx = pytest.importorskip("onnx")
+    (path,) = cache_folder().glob("*/guided.onnx")
+    held = {each.data_type for each in onnx.load(path).graph.initializer if len(each.dims) == 4}
+    assert held == {onnx.TensorProto.FLOAT16}
+
+
+def test_an_allowed_parity_failure_is_told_and_stamped_in_the_manifest(
+    tiny_bundle, home, tmp_path, monkeypatch, capsys, caplog
+):
+    """Of an engine whose gradient has another sign: refused, and with the flag drawn from, with the refusal in the manifest."""
+    real = onnx_step.open_again
+
+    def negated(path):
+        engine = real(path)
+        return (lambda given: [*engine(given)[:3], -engine(given)[3]]) if path.stem == "guided" else engine
+
+    monkeypatch.setattr("tiltscope.export.onnx.onnx_exporter._open_again", negated)
+    words = ["sample", FEATURES[0], "--lam", "1", "--num", "1", "--steps", "2", "--runner", "onnx", "--quiet"]
+    words += ["--bundle", str(tiny_bundle), "--out", str(tmp_path / "out")]
+    assert run(words) != 0
+    assert "grad_a" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert run([*words, "--allow-parity-failure"]) == 0
+    assert "parity failure allowed: runner onnx" in caplog.text
+    parity = json.loads((tmp_path / "out" / "manifest.json").read_text())["parity"]
+    assert parity["errors"]["turn"] == pytest.approx(2)
+    assert "grad_a" in parity["failure"]
+
+
 def test_what_cannot_be_exported_says_so(bundle, empty_home):
     custom = tiltscope.Feature(lambda x0: x0.mean((1, 2, 3)), name="brightness")
     with pytest.raises(RunnerError, match=r"brightness is a Python function.*--runner torch"):
@@ -291,18 +386,21 @@ def test_export_on_the_command_line(tiny_bundle, home, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert len(facts["parity"]) == len(LEVELS) * 2 * 2
     # Another version's artefact is listed, and pruned.
-    (folder,) = cache_folder().glob("[!.]*")
+    (folder,) = (path.parent for path in cache_folder().glob("*/guided.onnx"))
+    kept = {each.name for each in cache_folder().glob("[!.]*")}
+    assert len(kept) == 2  # and what ONNX Runtime made of the guided graph
     other = shutil.copytree(folder, folder.parent / ("f" * 64))
     description = json.loads((other / "artefact.json").read_text())
     description["key"]["versions"]["tiltscope"] = "0.0"
     (other / "artefact.json").write_text(json.dumps(description))
     assert run(["export", "--list", "--json", "--quiet"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["artefacts"]) == 2
+    assert len(json.loads(capsys.readouterr().out)["artefacts"]) == 3
     assert run(["export", "--prune", "--quiet"]) == 0
     told = capsys.readouterr().out
-    assert "1 artefacts, " in told
+    assert "2 artefacts, " in told
     assert "1 removed" in told
-    assert [each.name for each in cache_folder().glob("[!.]*")] == [folder.name]
+    assert "onnxruntime guided" in told
+    assert {each.name for each in cache_folder().glob("[!.]*")} == kept
 
 
 @pytest.mark.parametrize(

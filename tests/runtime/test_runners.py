@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ class Mirror:
 
     name = artefact = "mirror"
     dtypes, max_batch = ("float32", "float64"), 8
+    refused = MappingProxyType({"bfloat16": "a mirror has no grain"})
 
     def __init__(self):
         self.builds = 0
@@ -85,6 +87,14 @@ def draw(bundle, address=ADDRESS, **settings):
 
 def artefacts():
     return [path for path in cache_folder().iterdir() if not path.name.startswith(".")]
+
+
+def test_what_a_key_says_as_a_tuple_is_found_again(bundle, mirror, monkeypatch):
+    """Of the description comes back what JSON makes of it, a list."""
+    monkeypatch.setattr(mirror, "facts", lambda: {"targets": ("SM80", "SM86")})
+    for _ in range(2):
+        draw(bundle, runner="mirror")
+    assert mirror.builds == 1
 
 
 def test_a_registered_runner_is_built_gated_and_used(bundle, mirror):
@@ -155,7 +165,9 @@ def test_an_engine_of_other_weights_is_refused(tiny_bundle, mirror):
 
 
 def test_a_dtype_that_a_runner_does_not_have_is_refused_before_it_builds(bundle, mirror):
-    with pytest.raises(RunnerError, match="runner mirror: got dtype bfloat16, allowed here: float32, float64"):
+    with pytest.raises(
+        RunnerError, match=r"got dtype bfloat16, allowed here: float32, float64 \(a mirror has no grain"
+    ):
         runners.build_step("mirror", bundle.prior, bundle.feature(ADDRESS), torch.bfloat16)
     assert artefacts() == []
 
