@@ -117,7 +117,7 @@ class SampleConfig(Settings):
     beyond_pool: bool = False
     """allow targets that natural pictures cannot carry; needs --calibration sampler"""
     runner: str = "torch"
-    """torch | compile | onnx | openvino | tensorrt | tensorrt_rtx (built on first use) | auto (the fastest here that passes its gate)"""
+    """torch | compile | onnx | openvino | tensorrt | tensorrt_rtx (built on first use) | auto (the fastest of them here)"""
     allow_parity_failure: bool = False
     """run a step that its self-test refused; logged, and stamped in the manifest"""
     kernels: str = "reference"

@@ -22,8 +22,8 @@ from tiltscope.engine.errors import CalibrationError, ConfigError, NonFiniteErro
 from tiltscope.engine.feature.feature import Feature, check_activation
 from tiltscope.engine.prior.prior import CPU, Prior, check_denoise
 from tiltscope.engine.report.manifest import complete
-from tiltscope.engine.runtime.graphs import CudaGraphs
 from tiltscope.engine.runtime.auto import Choice, choose
+from tiltscope.engine.runtime.graphs import CudaGraphs
 from tiltscope.engine.runtime.runners import AUTO, Gated, step_for
 from tiltscope.engine.sampler.lifts import LIFTS, Lift
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
