@@ -99,7 +99,7 @@ class SampleConfig(Settings):
     beyond_pool: bool = False
     """allow targets that natural pictures cannot carry; needs --calibration sampler"""
     runner: str = "torch"
-    """torch | compile | onnx | openvino | tensorrt | tensorrt_rtx (built on first use)"""
+    """torch | compile | onnx | openvino | tensorrt | tensorrt_rtx (built on first use) | auto (the fastest of them here)"""
     allow_parity_failure: bool = False
     """run a step that its self-test refused; logged, and stamped in the manifest"""
     kernels: str = "reference"
@@ -142,7 +142,7 @@ class SampleConfig(Settings):
             object.__setattr__(self, name, value)
 
     def _check_choices(self) -> None:
-        from tiltscope.engine.runtime.runners import runner_names
+        from tiltscope.engine.runtime.runners import AUTO, runner_names
         from tiltscope.engine.sampler.grids import GRIDS
         from tiltscope.engine.sampler.solvers import SOLVERS
         from tiltscope.engine.tilt.log_tilt import LOG_TILTS
@@ -156,7 +156,7 @@ class SampleConfig(Settings):
             if (given := getattr(self, name)) is not None:
                 self._set(**{name: describe_choice(parse_choice(given, registry, name), registry)})
         for name, allowed in (
-            ("runner", runner_names()),
+            ("runner", (*runner_names(), AUTO)),
             ("kernels", KERNELS),
             ("device", DEVICES),
             ("graphs", GRAPHS),

@@ -144,6 +144,7 @@ def inquire(bundle: Bundle, feature: Feature | str, config: ExplainConfig) -> In
     settings = {name: value for name, value in config.to_json().items() if name in SAMPLE_SETTINGS}
     asked = SampleConfig.from_json(settings | {"lam": lam, "target_activation": None})
     run = prepare(bundle.prior, feature, asked)
+    config = replace(config, runner=run.config.runner)  # auto has become one of them
     if config.lam is None and not calibration.feasible:
         run = replace(run, estimate=None)
     return Inquiry(

@@ -22,8 +22,9 @@ from tiltscope.engine.errors import CalibrationError, ConfigError, NonFiniteErro
 from tiltscope.engine.feature.feature import Feature, check_activation
 from tiltscope.engine.prior.prior import CPU, Prior, check_denoise
 from tiltscope.engine.report.manifest import complete
+from tiltscope.engine.runtime.auto import Choice, choose
 from tiltscope.engine.runtime.graphs import CudaGraphs
-from tiltscope.engine.runtime.runners import Gated, step_for
+from tiltscope.engine.runtime.runners import AUTO, Gated, step_for
 from tiltscope.engine.runtime.step import ListeningStep
 from tiltscope.engine.sampler.lifts import LIFTS, Lift
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
@@ -63,7 +64,7 @@ class Run:
     natural: activations of natural pictures, None where lam was given and prior and feature share no pool; `source` says
     whose they are. estimate: KL, log Z and ESS of the tilt that `natural` gives for what was asked, None without `natural`,
     beyond its reach, or where lam differs between samples. ascent: how lam was found on the sampler, None where it was not.
-    gated: the step as its self-test left it.
+    gated: the step as its self-test left it. choice: why this runner, where that was left to auto; `config` names the one taken.
     graphed: what replays the ticks, None where they run eagerly. calls: the fused operations that have run, by implementation.
     """
 
@@ -78,6 +79,7 @@ class Run:
     seconds: dict[str, float]
     ascent: Ascent | None = None
     gated: Gated | None = None
+    choice: Choice | None = None
     graphed: GraphedTicks | None = None
     calls: Calls = field(default_factory=Calls)
 
@@ -243,6 +245,7 @@ class Run:
             "ascent": None if self.ascent is None else self.ascent.to_json(),
             **sourced,
             "runner": self.programme.step.name,
+            "runner_choice": None if self.choice is None else self.choice.to_json(),
             "parity": None if self.gated is None else {"errors": self.gated.parity, "failure": self.gated.failure},
             "kernels": self.programme.kernels,
             "device": str(self.programme.device),
@@ -360,17 +363,26 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, gated: Gate
     dtype = DTYPES[config.dtype]
     device, kernels = device_and_kernels(config)
     prior, feature = prior.to(dtype, device), feature.to(dtype, device)
+    choice = None
     if gated is None:
         check_denoise(prior, dtype, guided=config.lam != 0)
         check_activation(feature, prior.shape, dtype)
-        gated = step_for(
-            config.runner,
-            prior,
-            feature,
-            dtype,
-            allow_parity_failure=config.allow_parity_failure,
-            kernels=kernels,
-        )
+        if config.runner == AUTO and device.type == "cpu":
+            choice, gated = choose(prior, feature, dtype, bucket=config.bucket, kernels=kernels)
+        elif config.runner == AUTO:
+            raise ConfigError(f"runner auto: it has no candidates on {device.type} but torch; give --runner torch")
+        else:
+            gated = step_for(
+                config.runner,
+                prior,
+                feature,
+                dtype,
+                allow_parity_failure=config.allow_parity_failure,
+                kernels=kernels,
+            )
+    if config.runner == AUTO:
+        # What runs is what the run is called by: another runner's pictures differ in their last bits.
+        config = replace(config, runner=gated.step.name)
     plan = make_plan(
         config.solver,
         steps=config.steps or 0,
@@ -421,6 +433,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, gated: Gate
         estimate=estimate,
         seconds={"calibration": time.perf_counter() - started},
         gated=gated,
+        choice=choice,
         graphed=GraphedTicks(CudaGraphs()) if config.graphs == "auto" and device.type == "cuda" else None,
     )
 

@@ -228,9 +228,7 @@ _readout.register_autograd(_backward, setup_context=_keep)
 
 
 @torch.library.custom_op("tiltscope::sae_rows", mutates_args=())
-def _sae_rows(
-    tokens: Tensor, direction: Tensor, bias: Tensor, grid: Sequence[int], implementation: str
-) -> Tensor:
+def _sae_rows(tokens: Tensor, direction: Tensor, bias: Tensor, grid: Sequence[int], implementation: str) -> Tensor:
     if implementation == "triton":
         from tiltscope.kernels.sae_rows import sae_rows as run
     else:
@@ -242,9 +240,7 @@ def _sae_rows(
 
 
 @_sae_rows.register_fake
-def _sae_rows_fake(
-    tokens: Tensor, direction: Tensor, bias: Tensor, grid: Sequence[int], implementation: str
-) -> Tensor:
+def _sae_rows_fake(tokens: Tensor, direction: Tensor, bias: Tensor, grid: Sequence[int], implementation: str) -> Tensor:
     return direction.new_empty(tokens.shape[0], direction.shape[1], tokens.shape[1])
 
 

@@ -31,8 +31,8 @@ def preprocess(
 ) -> Tensor:
     """-> pixels [batch, channel, new_height, new_width] in dtype, of reference_preprocess.preprocess; differentiable in x0 alone.
 
-    x0 [batch, channel, height, width] of any floating type (triton: not float64, nor dtype); mean, std [1, channel, 1, 1] in dtype;
-    rows [new_height, height] and columns [new_width, width], both or neither, in dtype. Raises ConfigError, RunnerError.
+    x0 [batch, channel, height, width] of any floating type (triton: neither it nor dtype float64); mean, std [1, channel, 1, 1],
+    rows [new_height, height] and columns [new_width, width], in dtype, the latter both or neither. Raises ConfigError, RunnerError.
     """
     require_implementation(implementation, x0.device)
     allowed = _FLOATS if implementation != "triton" else (torch.float32, *NETWORK_DTYPES)

@@ -154,9 +154,10 @@ def test_explain_on_the_triton_kernels_gives_the_references_pictures(tiny_bundle
         out = str(tmp_path / kernels)
         facts[kernels] = json.loads(interpreted(*words, "--kernels", kernels, "--out", out, cwd=tmp_path))
     for kernels, backward in (("triton", ("preprocess_vjp", "readout_vjp")), ("reference", ())):
-        expected = dict.fromkeys(("guided_step", *backward), {kernels: 3}) | dict.fromkeys(
-            ("preprocess", "readout"), {kernels: 4}
-        )
+        forward = ("preprocess", "readout")
+        expected = {name: {kernels: 3} for name in ("guided_step", *backward)} | {
+            name: {kernels: 4} for name in forward
+        }
         assert facts[kernels]["kernel_calls"] == expected
     ours, theirs = (load_file(tmp_path / each / "samples.safetensors")["x0"] for each in ("triton", "reference"))
     # A guided row amplifies what the rows before it rounded: design's bound between runners.

@@ -124,9 +124,7 @@ def sae_rows_vjp_variant(tokens: str = "fp32", *, ALIGNED: bool = True) -> Varia
     return _sae_rows_variant("sae_rows_vjp", sae_rows._sae_rows_vjp_kernel, types, constants, tokens)
 
 
-def _sae_rows_variant(
-    name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], tokens: str
-) -> Variant:
+def _sae_rows_variant(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], tokens: str) -> Variant:
     label = tokens if constants["ALIGNED"] else f"{tokens}, not aligned"
     types |= {size: "i64" if size.startswith("stride") else "i32" for size in sae_rows.SIZES}
     return Variant(f"{name} ({label})", kernel, types, constants, sae_rows.NUM_WARPS)

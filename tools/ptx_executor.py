@@ -141,7 +141,9 @@ def _logic3(a: Values, b: Values, c: Values, table: Values) -> Values:
 
 def _permute(a: Values, b: Values, choice: Values) -> Values:
     """prmt: each byte is one of the eight of (a, b), told by four bits of `choice`, or its sign eight times over."""
-    pool = np.stack([each.astype(np.uint32) >> np.uint32(8 * at) & np.uint32(255) for each in (a, b) for at in range(4)])
+    pool = np.stack(
+        [each.astype(np.uint32) >> np.uint32(8 * at) & np.uint32(255) for each in (a, b) for at in range(4)]
+    )
     made = np.zeros_like(a, dtype=np.uint32)
     for at in range(4):
         nibble = choice >> np.uint32(4 * at) & np.uint32(15)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.report.atomic import write_bytes
 from tiltscope.engine.sample import Run, prepare
-from tiltscope.engine.sampler.state import HostRows, SlotState
+from tiltscope.engine.sampler.state import SLOT_TENSORS, HostRows, SlotState
 from tiltscope.engine.tilt.ascent import Ascent
 
 FORMAT = "tiltscope batch 1"
-_TENSORS = tuple(each.name for each in fields(SlotState) if each.name not in ("readout", "host"))
 
 
 def write_checkpoint(path: Path, requests: Sequence[Request]) -> None:
@@ -32,7 +31,7 @@ def write_checkpoint(path: Path, requests: Sequence[Request]) -> None:
         facts.append(_facts(request))
         slots = {index: sample.state for index, sample in request.live.items()} | request.finished
         for index, state in slots.items():
-            tensors |= {f"{at}.{index}.{name}": getattr(state, name).clone() for name in _TENSORS}
+            tensors |= {f"{at}.{index}.{name}": getattr(state, name).clone() for name in SLOT_TENSORS}
     write_bytes(path, save(tensors, {"format": FORMAT, "requests": json.dumps(facts)}))
 
 
@@ -109,7 +108,7 @@ def _request(
 
 
 def _slots(run: Run, tensors: Mapping[str, Tensor], prefix: str, row: int) -> SlotState:
-    values = {name: tensors[f"{prefix}.{name}"] for name in _TENSORS}
+    values = {name: tensors[f"{prefix}.{name}"] for name in SLOT_TENSORS}
     num = len(values["row"])
     readout = run.feature.readout
     tilted = (values["lam"] != 0).numpy()

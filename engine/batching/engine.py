@@ -118,7 +118,8 @@ class Engine:
         self._reserve(config.num, wait_s)
         try:
             with self._preparing:
-                run = calibrated(prepare(self.prior, self._feature(feature), config, gated=self._step_of(feature)))
+                asked = self._feature(feature)
+                run = calibrated(prepare(self.prior, asked, config, gated=self._step_of(asked)))
                 if run.gated is not None:
                     self._steps.setdefault(step_key(run.feature), run.gated)
             request = Request(run, name=name or f"request-{next(self._names)}", deadline=deadline)
@@ -188,8 +189,8 @@ class Engine:
             raise ConfigError(f"feature: got {feature!r}, but this engine has no bundle; give a Feature")
         return self._bundle.feature(feature)
 
-    def _step_of(self, feature: str | Feature) -> Gated | None:
-        return self._steps.get(step_key(self._feature(feature).to(DTYPES[self._own["dtype"]], self._device)))
+    def _step_of(self, feature: Feature) -> Gated | None:
+        return self._steps.get(step_key(feature.to(DTYPES[self._own["dtype"]], self._device)))
 
     def _reserve(self, num: int, wait_s: float) -> None:
         with self._changed:

@@ -7,16 +7,15 @@ import numpy as np
 import torch
 
 from tiltscope.engine.feature.readout import Readout
-from tiltscope.engine.sampler.state import HostRows, SlotState
+from tiltscope.engine.sampler.state import SLOT_TENSORS, HostRows, SlotState
 
-_TENSORS = tuple(each.name for each in fields(SlotState) if each.name not in ("readout", "host"))
 _HOST = tuple(each.name for each in fields(HostRows))
 
 
 def take(state: SlotState, slots: slice) -> SlotState:
     """Some of the slots, as views."""
     return SlotState(
-        **{name: getattr(state, name)[slots] for name in _TENSORS},
+        **{name: getattr(state, name)[slots] for name in SLOT_TENSORS},
         readout=None if state.readout is None else state.readout[slots],
         host=HostRows(**{name: getattr(state.host, name)[slots] for name in _HOST}),
     )
@@ -28,7 +27,7 @@ def stack(states: Sequence[SlotState]) -> SlotState:
         return states[0]
     readouts = [state.readout for state in states if state.readout is not None]
     return SlotState(
-        **{name: torch.cat([getattr(state, name) for state in states]) for name in _TENSORS},
+        **{name: torch.cat([getattr(state, name) for state in states]) for name in SLOT_TENSORS},
         readout=Readout.stack(readouts) if readouts else None,
         host=HostRows(**{name: np.concatenate([getattr(state.host, name) for state in states]) for name in _HOST}),
     )

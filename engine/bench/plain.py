@@ -53,16 +53,25 @@ class PlainStep:
     def __call__(self, x: Float[Tensor, "batch 3 height width"], level: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(D, activation, drive, grad_a) at the network's own level."""
         x = x.detach().requires_grad_()
+        x0_hat = self.denoise(x, level)
+        activation, drive = self.measure(x0_hat)
+        (grad_a,) = torch.autograd.grad(drive.sum(), x)
+        return x0_hat.detach(), activation.detach(), drive.detach(), grad_a
+
+    def denoise(self, x: Float[Tensor, "batch 3 height width"], level: int) -> Float[Tensor, "batch 3 height width"]:
+        """E[x0 | x] at the network's own level."""
         folded = self.unet(F.pixel_unshuffle(x, self.factor), level).sample
-        x0_hat = F.pixel_shuffle(folded, self.factor)
+        return F.pixel_shuffle(folded, self.factor)
+
+    def measure(self, x0_hat: Float[Tensor, "batch 3 height width"]) -> tuple[Tensor, Tensor]:
+        """(activation, drive), by the whole trunk and every latent."""
         pixels = ((x0_hat + 1) / 2 - self.mean) / self.std
         hidden = self.trunk(pixel_values=pixels, output_hidden_states=True).hidden_states[self.layer]
         patches = hidden[:, 1 + self.trunk.config.num_register_tokens :]
         pre = patches @ self.sae["encoder.weight"].T + self.sae["encoder.bias"]
         latents = torch.where(pre > self.sae["threshold"], pre, 0.0)
         activation, drive = (self._pool(each[..., self.latent]) for each in (latents, pre))
-        (grad_a,) = torch.autograd.grad(drive.sum(), x)
-        return x0_hat.detach(), activation.detach(), drive.detach(), grad_a
+        return activation, drive
 
     def _pool(self, values: Float[Tensor, "batch patches"]) -> Float[Tensor, "batch"]:
         side = round(values.shape[1] ** 0.5)

@@ -98,6 +98,8 @@ def show(explanation: "Explanation", out: Path) -> None:
         f"± {number(reached['activation_se'], 3)}"
     )
     print(f"feature   {explanation.feature} ({named})")
+    if choice := explanation.manifest.get("runner_choice"):
+        print(choice["why"])
     print(f"page      {(out / 'index.html').resolve()}")
     for warning in explanation.warnings:
         say(f"note: {printable(warning)}")

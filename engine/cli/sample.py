@@ -78,6 +78,8 @@ def run(arguments: Arguments) -> None:
     if arguments.common.json:
         put_json(whole | {"out": str(out)})
     else:
+        if drawing.choice is not None:
+            print(drawing.choice.why)
         print(f"{whole['num_finished']:,} samples of {drawing.feature.name} in {out.resolve()}")
 
 

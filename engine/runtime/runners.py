@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 GROUP = "tiltscope.runners"
 REFERENCE = "torch"
+# Asks for the fastest of them (auto.py).
+AUTO = "auto"
 logger = logging.getLogger(__name__)
 
 
@@ -90,6 +92,11 @@ def exporter(runner: str) -> Exporter:
     return registered()[runner]()
 
 
+def key_facts(chosen: Exporter) -> dict[str, Any]:
+    """What an exporter adds to the key of its files."""
+    return chosen.facts() | {"max_batch": chosen.max_batch}
+
+
 def step_for(
     runner: str,
     prior: "Prior",
@@ -152,9 +159,8 @@ def build_step(runner: str, prior: "Prior", feature: "Feature", dtype: "torch.dt
 
     # Cast here, once: the reference above keeps the weights that were loaded, so what a narrow dtype rounds away counts as error.
     cast_prior, cast_feature = prior.to(dtype), feature.to(dtype)
-    facts = chosen.facts() | {"max_batch": chosen.max_batch}
     return obtain(
-        artefact_key(chosen.artefact, cast_prior, cast_feature, dtype, facts),
+        artefact_key(chosen.artefact, cast_prior, cast_feature, dtype, key_facts(chosen)),
         lambda folder: chosen.build(cast_prior, cast_feature, dtype, folder),
         self_test,
     )

@@ -14,12 +14,11 @@ from torch import Tensor
 from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.runtime.graphs import GraphRunner, Graphs, StepOn
 from tiltscope.engine.sampler.lifts import Lift
-from tiltscope.engine.sampler.state import HostRows, Need, Observation, Programme, SlotState
+from tiltscope.engine.sampler.state import SLOT_TENSORS, HostRows, Need, Observation, Programme, SlotState
 from tiltscope.engine.sampler.tick import advance
 from tiltscope.kernels.implementation import Calls
 
 _READOUT = tuple(each.name for each in fields(Readout))
-_TENSORS = tuple(each.name for each in fields(SlotState) if each.name not in ("readout", "host"))
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class StaticSlots:
         def own(values: Tensor) -> Tensor:
             return values.clone(memory_format=torch.contiguous_format)
 
-        held: dict[str, Any] = {name: own(getattr(state, name)) for name in _TENSORS}
+        held: dict[str, Any] = {name: own(getattr(state, name)) for name in SLOT_TENSORS}
         if state.readout is not None:
             held["readout"] = Readout(*(own(getattr(state.readout, name)) for name in _READOUT))
         x, num = held["x"], len(held["lam"])
@@ -45,14 +44,14 @@ class StaticSlots:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every buffer by name."""
-        named = {name: getattr(self.state, name) for name in _TENSORS}
+        named = {name: getattr(self.state, name) for name in SLOT_TENSORS}
         if self.state.readout is not None:
             named |= {f"readout.{name}": getattr(self.state.readout, name) for name in _READOUT}
         return named | {f"seen.{name}": each for name, each in self.seen._asdict().items()}
 
     def load(self, state: SlotState) -> None:
         """Take in other slots of the same shapes: the one host write, before a run of replays."""
-        for name in _TENSORS:
+        for name in SLOT_TENSORS:
             getattr(self.state, name).copy_(getattr(state, name))
         if self.state.readout is not None and state.readout is not None:
             for name in _READOUT:
@@ -68,7 +67,7 @@ class StaticSlots:
 
     def to(self, device: torch.device) -> "StaticSlots":
         """Buffers of the same shapes elsewhere."""
-        moved: dict[str, Any] = {name: getattr(self.state, name).to(device) for name in _TENSORS}
+        moved: dict[str, Any] = {name: getattr(self.state, name).to(device) for name in SLOT_TENSORS}
         if self.state.readout is not None:
             moved["readout"] = Readout(*(getattr(self.state.readout, name).to(device) for name in _READOUT))
         return StaticSlots(replace(self.state, **moved), Observation(*(each.to(device) for each in self.seen)))
@@ -78,7 +77,7 @@ def step_into(slots: StaticSlots, programme: Programme, needs: Sequence[Need]) -
     """One tick in place; returns the buffers written, by name. Resampling is predicated: decided by masks, never by a branch."""
     after, seen = advance(slots.state, programme, needs)
     written: dict[str, Tensor] = {}
-    for name in _TENSORS:
+    for name in SLOT_TENSORS:
         made, held = getattr(after, name), getattr(slots.state, name)
         if made is not held:
             written[name] = held.copy_(made)

@@ -5,7 +5,7 @@ group of slots that stand together. The host mirrors the row counters, which are
 needs without asking the device.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -69,6 +69,10 @@ class SlotState:
         """The same slots there; themselves where they are there already."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved, readout=None if self.readout is None else self.readout.to(self.x.dtype, device))
+
+
+SLOT_TENSORS = tuple(each.name for each in fields(SlotState) if each.name not in ("readout", "host"))
+"""SlotState's fields that are one tensor: what is stacked, checkpointed and held at fixed addresses"""
 
 
 class Need(NamedTuple):

@@ -27,7 +27,9 @@ def checked_rows(target, *shape, dtype=torch.float32, aligned=True, **options):
     return forward, backward
 
 
-def checked_preprocess(target, *sizes, dtype=torch.float32, x0_dtype=torch.float32, aligned=True, clamp=False, **options):
+def checked_preprocess(
+    target, *sizes, dtype=torch.float32, x0_dtype=torch.float32, aligned=True, clamp=False, **options
+):
     case = preprocess_case(1, *sizes, channels=2, clamp=clamp, dtype=dtype, x0_dtype=x0_dtype)
     form = {"RESIZED": case.rows is not None, "CLAMP": clamp, "ALIGNED": aligned}
     names = TYPES[x0_dtype], TYPES[dtype]

@@ -29,7 +29,9 @@ def plain(x0, case):
 def test_pixels_are_torchs_resized_cut_and_scaled(case):
     picture = case.x0
     if case.rows is not None:
-        picture = F.interpolate(picture, case.pixels_bar.shape[2:], mode="bilinear", antialias=True, align_corners=False)
+        picture = F.interpolate(
+            picture, case.pixels_bar.shape[2:], mode="bilinear", antialias=True, align_corners=False
+        )
     unit = (picture + 1) / 2
     unit = unit.clamp(0, 1) if case.clamp else unit
     torch.testing.assert_close(plain(case.x0, case), (unit - case.mean) / case.std, rtol=1e-12, atol=1e-12)

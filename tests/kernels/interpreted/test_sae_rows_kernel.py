@@ -15,7 +15,9 @@ def run(case):
     return pre.detach(), bar
 
 
-@pytest.mark.parametrize(("num_tokens", "width", "rows"), [(1, 3, 1), (3, 24, 2), (17, 1, 5), (33, 130, 2), (69, 192, 1)])
+@pytest.mark.parametrize(
+    ("num_tokens", "width", "rows"), [(1, 3, 1), (3, 24, 2), (17, 1, 5), (33, 130, 2), (69, 192, 1)]
+)
 def test_linear_rows_are_the_definitions(num_tokens, width, rows):
     case = rows_case(3, (1, num_tokens), width, rows)
     check_rows(*run(case), case)
@@ -23,7 +25,13 @@ def test_linear_rows_are_the_definitions(num_tokens, width, rows):
 
 @pytest.mark.parametrize(
     ("grid", "width", "rows", "window"),
-    [((1, 1), 3, 1, (1, 1)), ((4, 5), 8, 2, (3, 3)), ((3, 7), 13, 1, (1, 5)), ((2, 3), 16, 1, (7, 7)), ((6, 6), 130, 1, (3, 1))],
+    [
+        ((1, 1), 3, 1, (1, 1)),
+        ((4, 5), 8, 2, (3, 3)),
+        ((3, 7), 13, 1, (1, 5)),
+        ((2, 3), 16, 1, (7, 7)),
+        ((6, 6), 130, 1, (3, 1)),
+    ],
 )
 def test_windows_are_the_definitions_up_to_the_edge_of_the_grid(grid, width, rows, window):
     """Windows wider than the grid too: most of their taps lie beyond it."""

@@ -1,0 +1,146 @@
+"""--runner auto: the fastest that passes its gate, once found always the same, and named in everything that is written."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiltscope
+from tiltscope.engine.batching.engine import Engine
+from tiltscope.engine.runtime import auto, runners
+from tiltscope.engine.runtime.step import TorchStep
+from tiltscope.engine.tilt.worlds import GaussianWorld
+
+ADDRESS = "blocks.1:sae:3"
+SETTINGS = {"num": 2, "lam": 2.0, "steps": 2, "runner": "auto"}
+
+
+class Slow(TorchStep):
+    def guided(self, x, sigma, alpha, readout):
+        time.sleep(0.2)
+        return super().guided(x, sigma, alpha, readout)
+
+
+class Negated(TorchStep):
+    def guided(self, x, sigma, alpha, readout):
+        out = super().guided(x, sigma, alpha, readout)
+        return out._replace(grad_a=-out.grad_a)
+
+
+class Torch(TorchStep):
+    """As fast as the reference."""
+
+
+class Double:
+    """An exporter with a step of a chosen kind."""
+
+    dtypes, max_batch = ("float32",), 8
+
+    def __init__(self, name, kind, artefact="onnx"):
+        self.name, self.kind, self.artefact = name, kind, artefact
+
+    def facts(self):
+        return {}
+
+    def build(self, prior, feature, dtype, folder):
+        (folder / "model.txt").write_text(self.name)
+
+    def cannot_run(self):
+        return None
+
+    def locate(self, prior, feature, dtype):
+        return "somewhere"
+
+    def load(self, folder, prior, feature, dtype):
+        return replace(self.kind(prior, feature), name=self.name)
+
+
+class Entry:
+    def __init__(self, exporter):
+        self.name, self.load = exporter.name, lambda: exporter
+
+
+@pytest.fixture
+def register(monkeypatch, tmp_path):
+    monkeypatch.setenv("TILTSCOPE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(auto, "SECONDS", 0.0)
+
+    def with_these(*exporters):
+        monkeypatch.setattr(runners, "entry_points", lambda group: [Entry(each) for each in exporters])
+        runners.registered.cache_clear()
+
+    yield with_these
+    runners.registered.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path):
+    return tiltscope.load(tiny_bundle)
+
+
+def draw(bundle, **settings):
+    return tiltscope.sample(bundle.prior, bundle.feature(ADDRESS), **(SETTINGS | settings))
+
+
+def test_a_slower_runner_is_not_taken_and_the_manifest_says_by_how_much(bundle, register):
+    register(Double("slow", Slow))
+    manifest = draw(bundle).manifest
+    choice = manifest["runner_choice"]
+    assert manifest["runner"] == choice["runner"] == manifest["config"]["runner"] == "torch"
+    assert choice["ms"]["slow"] > 200 > choice["ms"]["torch"]
+    assert choice["why"].startswith("runner torch: ")
+    assert "ms a guided row of 2, slow 2" in choice["why"]
+
+
+def test_the_fastest_is_taken_its_pictures_are_its_own_runs(bundle, register, monkeypatch):
+    monkeypatch.setattr(runners, "TorchStep", Slow, raising=False)
+    monkeypatch.setattr("tiltscope.engine.runtime.step.TorchStep", Slow)
+    register(Double("quick", Torch))
+    samples = draw(bundle)
+    assert samples.manifest["runner"] == samples.manifest["config"]["runner"] == "quick"
+    named = draw(bundle, runner="quick")
+    assert named.manifest["identity"] == samples.manifest["identity"]
+    assert named.manifest["runner_choice"] is None
+    assert torch.equal(named.x0, samples.x0)
+
+
+def test_what_the_gate_refuses_is_not_timed(bundle, register):
+    register(Double("wrong", Negated))
+    choice = draw(bundle).manifest["runner_choice"]
+    assert list(choice["ms"]) == ["torch"]
+    assert "grad_a" in choice["refused"]["wrong"]
+
+
+def test_what_takes_long_to_build_is_tried_only_where_it_is_built(bundle, register):
+    register(Double("dear", Torch, artefact="dear"))
+    assert "not built" in draw(bundle).manifest["runner_choice"]["refused"]["dear"]
+    draw(bundle, runner="dear")
+    assert set(draw(bundle).manifest["runner_choice"]["ms"]) == {"torch", "dear"}
+
+
+def test_a_choice_is_kept_and_not_made_again(bundle, register, monkeypatch):
+    register(Double("slow", Slow))
+    first = draw(bundle).manifest["runner_choice"]
+    monkeypatch.setattr(auto, "interleave", lambda *a, **k: pytest.fail("timed twice"))
+    assert draw(bundle).manifest["runner_choice"] == first
+    with pytest.raises(pytest.fail.Exception, match="timed twice"):
+        draw(bundle, batch_size=4)  # another bucket is another trial
+
+
+def test_python_functions_run_in_torch(register):
+    world = GaussianWorld(s=1.3, shape=(3, 4, 4))
+    register(Double("slow", Slow))
+    prior = tiltscope.Prior(lambda x, sigma: x * 0.5, shape=world.shape, name="half")
+    choice = tiltscope.sample(prior, world.feature, **SETTINGS).manifest["runner_choice"]
+    assert choice["runner"] == "torch"
+    assert "Python function" in choice["why"]
+
+
+def test_an_engine_chooses_once_and_draws_the_chosen_runners_pictures(bundle, register):
+    register(Double("slow", Slow))
+    with Engine(bundle, max_batch=4, runner="auto") as engine:
+        one, two = (engine.submit(ADDRESS, num=2, lam=2.0, steps=2, seed=seed).result() for seed in (0, 1))
+    assert {one.manifest["config"]["runner"], two.manifest["config"]["runner"]} == {"torch"}
+    assert torch.equal(two.x0, draw(bundle, runner="torch", seed=1, batch_size=4).x0)
