@@ -8,7 +8,8 @@
 The gate: each way's strength is the one at which the mean over the same `--num` seeds is the target's within 5 % (matching.py);
 a way that does not get there is timed, and marked. The published update takes too long for a search: its strength is the one that
 benchmarks/ablation.py found for 32 pictures, and it is timed over some of its rows, all of which cost the same. All ways are
-timed in turn. Naturalness is the reports'. Appends a line to results/peers.jsonl; tools/benchmark_tables.py writes docs/benchmarks.md.
+timed in turn. Naturalness is the reports'. Appends a line to results/peers.jsonl; tools/benchmark_tables.py writes
+docs/benchmarks.md.
 
 deepinv declares torchvision, which declares a torch of its own, so it has an environment of its own:
 

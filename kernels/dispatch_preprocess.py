@@ -32,7 +32,8 @@ def preprocess(
     """-> pixels [batch, channel, new_height, new_width] in dtype, of reference_preprocess.preprocess; differentiable in x0 alone.
 
     x0 [batch, channel, height, width] of any floating type (triton: neither it nor dtype float64); mean, std [1, channel, 1, 1],
-    rows [new_height, height] and columns [new_width, width], in dtype, the latter both or neither. Raises ConfigError, RunnerError.
+    rows [new_height, height], columns [new_width, width], all in dtype; of rows and columns both or neither. Raises ConfigError,
+    RunnerError.
     """
     require_implementation(implementation, x0.device)
     allowed = _FLOATS if implementation != "triton" else (torch.float32, *NETWORK_DTYPES)
