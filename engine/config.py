@@ -25,15 +25,20 @@ LARGEST_DEFAULT_BUCKET = 8
 CALIBRATIONS = ("pool", "sampler")
 GUIDANCES = ("tilt", "constant")
 DTYPES = ("float32", "float64")
-KERNELS = ("reference", "compiled", "triton")
+KERNELS = ("auto", "reference", "native", "compiled", "triton")
 DEVICES = ("cpu", "cuda")
 GRAPHS = ("auto", "off")
 CPU_RUNNERS = ("onnx", "openvino")
 # What decides neither the pictures nor their number: a run may be continued with other values of these.
 # graphs: a replay runs the very kernels of the eager step.
 NOT_IN_IDENTITY = ("num", "batch_size", "graphs")
-# Settings that a run has had since before they could be chosen: at these values the identity says nothing of them.
-ALWAYS_SO = {"kernels": "reference", "device": "cpu", "allow_parity_failure": False}
+# Settings that a run has had since before they could be chosen: at these values, which draw the same bits, the identity says
+# nothing of them.
+ALWAYS_SO: dict[str, tuple[Any, ...]] = {
+    "kernels": ("auto", "reference", "native"),
+    "device": ("cpu",),
+    "allow_parity_failure": (False,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +107,8 @@ class SampleConfig(Settings):
     """torch | compile | onnx | openvino | tensorrt | tensorrt_rtx (built on first use) | auto (the fastest of them here)"""
     allow_parity_failure: bool = False
     """run a step that its self-test refused; logged, and stamped in the manifest"""
-    kernels: str = "reference"
-    """reference (plain torch) | compiled (by torch.compile) | triton (a CUDA device): what moves and resamples the slots"""
+    kernels: str = "auto"
+    """auto (native where it can be, else reference) | reference | native (its bits, by C++) | compiled | triton (on CUDA)"""
     device: str = "cpu"
     """cpu | cuda"""
     graphs: str = "auto"
@@ -261,7 +266,7 @@ class SampleConfig(Settings):
         settings = {
             name: value
             for name, value in self.resolved().decisive().items()
-            if name not in NOT_IN_IDENTITY and (name not in ALWAYS_SO or value != ALWAYS_SO[name])
+            if name not in NOT_IN_IDENTITY and (name not in ALWAYS_SO or value not in ALWAYS_SO[name])
         }
         return _digest([*parts, settings])
 

@@ -4,6 +4,7 @@
 bucket, so a million of them stream through flat memory; `sample` collects them.
 """
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,8 @@ from tiltscope.engine.tilt.calibrate import Calibration, calibrate, estimates, l
 from tiltscope.engine.tilt.evidence import combine
 from tiltscope.engine.tilt.log_tilt import LOG_TILTS, LogTilt
 from tiltscope.kernels.implementation import Calls, Implementation, count_calls, require_implementation
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -289,7 +292,7 @@ def sample(
     beyond_pool: bool = False,
     runner: str = "torch",
     allow_parity_failure: bool = False,
-    kernels: str = "reference",
+    kernels: str = "auto",
     device: str = "cpu",
     graphs: str = "auto",
     dtype: str = "float32",
@@ -443,8 +446,22 @@ def device_and_kernels(config: SampleConfig) -> tuple[torch.device, Implementati
     if config.device == "cuda" and not torch.cuda.is_available():
         raise RunnerError(f"device: got cuda, but torch {torch.__version__} sees no CUDA device; use device cpu")
     device = torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
+    if config.kernels == "auto":
+        return device, _same_bits_sooner(device)
     require_implementation(config.kernels, device)
     return device, cast(Implementation, config.kernels)
+
+
+def _same_bits_sooner(device: torch.device) -> Implementation:
+    """ "native" where this machine has it, else "reference": the same bits, so only the time depends on a compiler."""
+    if device.type != "cpu":
+        return "reference"
+    try:
+        require_implementation("native", device)
+    except RunnerError as error:
+        logger.info("kernels auto: reference, because %s", error)
+        return "reference"
+    return "native"
 
 
 def _starting_picture(prior: Prior, path: str) -> Float[Tensor, "channel height width"]:

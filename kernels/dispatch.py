@@ -1,6 +1,7 @@
 """The operations as torch.library ops, `torch.ops.tiltscope.*`: one name each, and the implementation asked for by name.
 
     reference   plain torch (reference.py), any device, float32 and float64
+    native      the guided step's definition bit for bit, on a CPU, by C++ (native.py); of the other ops, the definition
     compiled    the same through torch.compile, which fuses it; needs a C++ compiler on a CPU, and half a minute a shape
     triton      one kernel (the file of the op's name): a CUDA device, or the CPU under TRITON_INTERPRET=1; float32 state
 
@@ -192,7 +193,13 @@ def _guided_step(
 
         made = kernel(x, x0_hat, grad_a, history, *slots, ticket)
     else:
-        run = compiled(reference.guided_step) if implementation == "compiled" else reference.guided_step
+        if implementation == "native" and not grad_a.is_contiguous():
+            # torch adds up a gradient in the order in which it lies in memory, so another order is other bits.
+            implementation = "reference"
+        if implementation == "native":
+            from tiltscope.kernels.native import guided_step as run
+        else:
+            run = compiled(reference.guided_step) if implementation == "compiled" else reference.guided_step
         made = run(x, x0_hat, grad_a, history, *slots)
         like = torch.empty_like(x)
         made = made._replace(x=_laid_out(made.x, like), history=_laid_out(made.history, like))
@@ -264,7 +271,7 @@ def _resample(log_weight: Tensor, u: Tensor, threshold: float, implementation: s
     else:
         run = compiled(reference.resample) if implementation == "compiled" else reference.resample
     made = run(log_weight, u, threshold)
-    count_call("resample", implementation)
+    count_call("resample", "reference" if implementation == "native" else implementation)
     return made.ancestor.clone(), made.log_mean, made.due
 
 

@@ -1,7 +1,7 @@
 """The ops between a trunk's tokens and a feature's activation, and their gradients. See dispatch.py.
 
-With implementation "reference" the definition runs as it stands: autograd differentiates it and a tracer sees its operations, so
-an exported graph holds it and not an opaque op. The other implementations are ops with a VJP of their own.
+With implementation "reference" (or "native") the definition runs as it stands: autograd differentiates it and a tracer sees its
+operations, so an exported graph holds it and not an opaque op. The other implementations are ops with a VJP of their own.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tiltscope.kernels import reference_feature
 from tiltscope.kernels.implementation import (
+    INLINE,
     NETWORK_DTYPES,
     STATE_DTYPES,
     Implementation,
@@ -42,8 +43,8 @@ def readout(
     _check_rows(tokens, direction, bias, implementation)
     require(direction.dim() == 3, "direction", f"shape {list(direction.shape)}", "[batch, rows, width]")
     _check_pooling(tokens.shape[:2], direction, threshold, weight, pooling, mask)
-    if implementation == "reference":
-        count_call("readout", implementation)
+    if implementation in INLINE:
+        count_call("readout", "reference")
         made = reference_feature.readout(tokens, direction, bias, threshold, weight, pooling, mask)
         return made.activation, made.drive
     made = torch.ops.tiltscope.readout(tokens, direction, bias, threshold, weight, pooling, mask, implementation)
@@ -67,9 +68,9 @@ def readout_of_rows(
     require_implementation(implementation, pre.device)
     require(pre.dim() == 3 and pre.numel() > 0, "pre", f"shape {list(pre.shape)}", "[batch, rows, tokens]")
     batch, rows, num_tokens = pre.shape
-    if implementation == "reference":
+    if implementation in INLINE:
         _check_pooling((batch, num_tokens), pre, threshold, weight, pooling, mask)
-        count_call("readout", implementation)
+        count_call("readout", "reference")
         made = reference_feature.pooled(pre, threshold, weight, pooling, mask)
         return made.activation, made.drive
     unit = torch.eye(rows, dtype=pre.dtype, device=pre.device).expand(batch, rows, rows)
@@ -100,8 +101,8 @@ def sae_rows(
     require(fits, "grid", places, f"two numbers whose product is {tokens.shape[1]}, the tokens")
     odd = linear or (direction.dim() == 5 and direction.shape[3] % 2 == direction.shape[4] % 2 == 1)
     require(odd, "direction", f"shape {list(direction.shape)}", "[batch, rows, width] or [..., h, w], both odd")
-    if implementation == "reference":
-        count_call("sae_rows", implementation)
+    if implementation in INLINE:
+        count_call("sae_rows", "reference")
         return reference_feature.sae_rows(tokens, direction, bias, (places[0], places[1]))
     return torch.ops.tiltscope.sae_rows(tokens, direction, bias, list(places), implementation)
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tiltscope.kernels import reference_preprocess
 from tiltscope.kernels.implementation import (
+    INLINE,
     NETWORK_DTYPES,
     STATE_DTYPES,
     Implementation,
@@ -49,8 +50,8 @@ def preprocess(
             shape = f"shape {list(matrix.shape)}"
             require(matrix.dim() == 2 and matrix.numel() > 0, name, shape, f"[new size, {inputs}]")
             require_like(name, matrix, (matrix.shape[0], inputs), [dtype], x0.device)
-    if implementation == "reference":
-        count_call("preprocess", implementation)
+    if implementation in INLINE:
+        count_call("preprocess", "reference")
         return reference_preprocess.preprocess(x0, mean, std, rows, columns, clamp, dtype).pixels
     return torch.ops.tiltscope.preprocess(x0, mean, std, rows, columns, clamp, dtype, implementation)[0]
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from tiltscope.kernels.errors import ConfigError, RunnerError
 
-Implementation = Literal["reference", "compiled", "triton"]
+Implementation = Literal["reference", "native", "compiled", "triton"]
+# What runs a definition as it stands, where autograd and tracers see its operations ("native": of all ops but the guided step).
+INLINE = ("reference", "native")
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 Calls = Counter[tuple[str, str]]
 
@@ -51,6 +53,14 @@ def require_implementation(implementation: str, device: torch.device) -> None:
         raise ConfigError(f"kernels: got {implementation!r}, allowed are {', '.join(IMPLEMENTATIONS)}")
     if implementation == "reference":
         return
+    if implementation == "native":
+        from tiltscope.kernels.native import require_native
+
+        if device.type != "cpu":
+            raise RunnerError(
+                f"kernels 'native' run on a CPU, the tensors are on {device}; use kernels 'reference' or 'triton'"
+            )
+        return require_native()
     if implementation == "compiled":
         if device.type == "cpu":
             require_compiler()

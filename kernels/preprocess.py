@@ -188,8 +188,9 @@ def preprocess(
 ) -> Preprocessed:
     """Launches the kernel on checked arguments (dispatch_preprocess.py), all contiguous."""
     batch, channels, height, width = x0.shape
-    resized = rows is not None and columns is not None
-    size = (rows.shape[0], columns.shape[0]) if resized else (height, width)
+    size, resized = (height, width), False
+    if rows is not None and columns is not None:
+        size, resized = (rows.shape[0], columns.shape[0]), True
     pixels = x0.new_empty(batch, channels, *size, dtype=dtype)
     inside = x0.new_empty(pixels.shape if clamp else 0, dtype=torch.bool)
     n = size[0] * size[1]
@@ -228,8 +229,9 @@ def preprocess_vjp(
 ) -> Tensor:
     """Launches the VJP's kernel on checked arguments, all contiguous."""
     batch, channels, *size = pixels_bar.shape
-    resized, clamp = rows is not None and columns is not None, inside.numel() > 0
-    height, width = (rows.shape[1], columns.shape[1]) if resized else size
+    (height, width), resized, clamp = size, False, inside.numel() > 0
+    if rows is not None and columns is not None:
+        height, width, resized = rows.shape[1], columns.shape[1], True
     made = pixels_bar.new_empty(batch, channels, height, width, dtype=dtype)
     n = height * width
     touched = [made, *([] if resized else [pixels_bar, *([inside] if clamp else [])])]

@@ -151,11 +151,12 @@ def is_aligned(width: int, *tensors: Tensor) -> bool:
 def _window(direction: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int, int, int]]:
     """-> (direction with one stride over its taps, (h, w), (stride a sample, row, channel, tap)). A broadcast stays one."""
     if direction.dim() == 3:
-        return direction, (1, 1), (*direction.stride(), 0)
+        return direction, (1, 1), (direction.stride(0), direction.stride(1), direction.stride(2), 0)
     height, width = direction.shape[3:]
     if height > 1 and direction.stride(3) != width * direction.stride(4):
         direction = direction.contiguous()
-    return direction, (height, width), (*direction.stride()[:3], direction.stride(4))
+    sample, row, channel, _, tap = direction.stride()
+    return direction, (height, width), (sample, row, channel, tap)
 
 
 def sae_rows(tokens: Tensor, direction: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -60,6 +60,11 @@ def test_other_kernels_and_another_device_are_another_identity():
     assert len(names) == 3
 
 
+@pytest.mark.parametrize("kernels", ["reference", "native"])
+def test_kernels_that_draw_the_same_bits_are_one_identity(kernels):
+    assert SampleConfig(lam=1.0, kernels=kernels).identity("x") == SampleConfig(lam=1.0).identity("x")
+
+
 def test_a_setting_that_could_not_be_chosen_before_leaves_older_identities_as_they_were():
     """At the value that every run had, a new setting is left out: what was begun can be continued."""
     settings = {k: v for k, v in SampleConfig(lam=1.0).resolved().to_json().items() if k not in NOT_IN_IDENTITY}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import tiltscope
 from tiltscope.engine.errors import ConfigError, RunnerError
 from tiltscope.engine.tilt.worlds import GaussianWorld
+from tiltscope.kernels import native
 
 WORLD = GaussianWorld(s=1.3, shape=(3, 4, 4))
 STEPS = 5
@@ -25,13 +26,31 @@ def draw(**settings):
 
 
 def test_the_manifest_counts_every_tick_by_the_implementation_that_ran():
-    facts = draw().manifest
-    assert (facts["kernels"], facts["kernel_calls"]) == ("reference", {"guided_step": {"reference": STEPS}})
-    weighed = draw(num=1, particles=4).manifest
-    assert weighed["kernel_calls"] == {
-        "guided_step": {"reference": STEPS},
-        "resample": {"reference": STEPS + 1},  # every tick, and the end
-    }
+    for kernels in ("reference", "native"):
+        facts = draw(kernels=kernels).manifest
+        assert (facts["kernels"], facts["kernel_calls"]) == (kernels, {"guided_step": {kernels: STEPS}})
+        weighed = draw(num=1, particles=4, kernels=kernels).manifest
+        assert weighed["kernel_calls"] == {
+            "guided_step": {kernels: STEPS},
+            "resample": {"reference": STEPS + 1},  # every tick, and the end
+        }
+
+
+@pytest.mark.parametrize("settings", [{}, {"num": 1, "particles": 4}, {"dtype": "float64"}, {"solver": "dpmpp_2m_sde"}])
+def test_a_compiler_changes_the_time_and_no_bit(settings, monkeypatch):
+    """kernels auto: native where there is a compiler, else reference, and the manifest says which; one picture either way."""
+    sooner = draw(**settings)
+
+    def none():
+        raise RunnerError("no compiler")
+
+    monkeypatch.setattr(native, "require_native", none)
+    plain = draw(**settings)
+    assert (sooner.manifest["kernels"], plain.manifest["kernels"]) == ("native", "reference")
+    assert torch.equal(sooner.x0, plain.x0)
+    assert torch.equal(sooner.activation, plain.activation)
+    with pytest.raises(RunnerError, match="no compiler"):
+        draw(kernels="native", **settings)
 
 
 def test_triton_without_a_device_is_refused_and_the_message_says_what_to_do(monkeypatch):
@@ -54,7 +73,7 @@ def test_triton_that_is_not_installed_is_refused_naming_the_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"kernels": "cuda"}, "kernels: got 'cuda', allowed are reference, compiled, triton"),
+        ({"kernels": "cuda"}, "kernels: got 'cuda', allowed are auto, reference, native, compiled, triton"),
         ({"device": "tpu"}, "device: got 'tpu', allowed are cpu, cuda"),
         ({"graphs": "on"}, "graphs: got 'on', allowed are auto, off"),
         ({"kernels": "triton", "dtype": "float64"}, "kernels triton: got dtype float64"),
@@ -154,10 +173,8 @@ def test_explain_on_the_triton_kernels_gives_the_references_pictures(tiny_bundle
         out = str(tmp_path / kernels)
         facts[kernels] = json.loads(interpreted(*words, "--kernels", kernels, "--out", out, cwd=tmp_path))
     for kernels, backward in (("triton", ("preprocess_vjp", "readout_vjp")), ("reference", ())):
-        forward = ("preprocess", "readout")
-        expected = {name: {kernels: 3} for name in ("guided_step", *backward)} | {
-            name: {kernels: 4} for name in forward
-        }
+        times = dict.fromkeys(("guided_step", *backward), 3) | {"preprocess": 4, "readout": 4}
+        expected = {op: {kernels: calls} for op, calls in times.items()}
         assert facts[kernels]["kernel_calls"] == expected
     ours, theirs = (load_file(tmp_path / each / "samples.safetensors")["x0"] for each in ("triton", "reference"))
     # A guided row amplifies what the rows before it rounded: design's bound between runners.

@@ -48,7 +48,7 @@ SAMPLE = {
     "calibration_num": 256,
     "beyond_pool": False,
     "runner": "torch",
-    "kernels": "reference",
+    "kernels": "auto",
     "device": "cpu",
     "graphs": "auto",
     "allow_parity_failure": False,

@@ -56,7 +56,7 @@ class Engine:
         runner: str = "torch",
         dtype: str = "float32",
         device: str = "cpu",
-        kernels: str = "reference",
+        kernels: str = "auto",
         max_pending: int = 4096,
     ) -> None:
         """Raises ConfigError for a value that is not allowed, RunnerError for a device or kernels that are not here."""

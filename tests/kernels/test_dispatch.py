@@ -83,7 +83,7 @@ def test_what_only_the_kernel_cannot_take_is_named_too(monkeypatch, name, change
 
 
 def test_an_implementation_that_is_none_is_refused_with_those_there_are():
-    with pytest.raises(tiltscope.errors.ConfigError, match="'cuda', allowed are reference, compiled, triton"):
+    with pytest.raises(tiltscope.errors.ConfigError, match="'cuda', allowed are reference, native, compiled, triton"):
         dispatch.guided_step(*CASE, implementation="cuda")  # type: ignore[arg-type]
 
 

@@ -1,0 +1,179 @@
+"""The guided step on a CPU through C++ (native.cpp), bit for bit the definition in torch, some ten times sooner.
+
+Drawing noise is most of the definition's time: 140 operations on 64-bit words, a round of Philox at a time. C++ does what is
+exact (whole numbers, and sums and products in the definition's own order); torch does logarithm, root, cosine, sine and the sums
+over a sample, whose last bits are its own (its root, by MKL, is not the correctly rounded one). So whether a compiler is there
+decides how long it takes, and no bit of any picture.
+
+The library is compiled once, in about a second, into TILTSCOPE_HOME/native (default: the user's cache), under a name that says
+what it was made of. It is trusted after it has redone a small step of the definition's, bit for bit, in the process that loads
+it.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tiltscope.kernels import reference
+from tiltscope.kernels.errors import RunnerError
+from tiltscope.kernels.reference import GuidedStep
+
+SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+# torch's name for what the processor can do -> what the compiler may use of it; elsewhere its own defaults.
+_VECTORS = {"AVX2": ("-mavx2",), "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")}
+_NAMES = {torch.float32: "f32", torch.float64: "f64"}
+_SECONDS = 120  # for the compiler: some hundred times what it needs
+_STREAM_STEP = 1
+
+
+class _Passes(NamedTuple):
+    """The two passes for one type."""
+
+    uniforms: Callable[..., None]
+    step: Callable[..., None]
+
+
+def guided_step(
+    x: Tensor,
+    x0_hat: Tensor,
+    grad_a: Tensor,
+    history: Tensor,
+    table: Tensor,
+    num_rows: Tensor,
+    plan: Tensor,
+    row: Tensor,
+    ok: Tensor,
+    drive: Tensor,
+    strength: Tensor,
+    guided: Tensor,
+    key: Tensor,
+    index: Tensor,
+    particle: Tensor,
+) -> GuidedStep:
+    """reference.guided_step of checked arguments on the CPU (dispatch.py); grad_a in C order, and so x' and H'.
+
+    Raises RunnerError where the library cannot be made.
+    """
+    uniforms, step = library()[x.dtype]
+    pictures = [each.to(x.dtype).contiguous() for each in (x, x0_hat, grad_a, history)]
+    batch, n = x.shape[0], pictures[0][0].numel()
+    blocks = -(-n // 4)
+    slots = [each.contiguous() for each in (num_rows, plan, row, ok, drive, strength, guided)]
+    key, index, particle, table = (each.contiguous() for each in (key, index, particle, table))
+    draws = x.new_empty(2, batch, blocks, 2)
+    u, angle = draws[0], draws[1]
+    uniforms(batch, blocks, _STREAM_STEP, *_pointers(key, index, slots[2], particle, u, angle))
+    radius = u.log_().mul_(-2).sqrt_()
+    cosine = angle.cos()
+    angle.sin_()
+    made = [torch.empty_like(pictures[0]) for _ in range(5)]
+    row_out, ok_out = torch.empty_like(slots[2]), torch.empty_like(slots[3])
+    given = _pointers(radius, cosine, angle, *pictures, table, *slots)
+    step(batch, n, table.shape[1], *given, *_pointers(*made[:2], row_out, ok_out, *made[2:]))
+    over = tuple(range(1, x.dim()))
+    return GuidedStep(made[0], made[1], row_out, ok_out, *(each.sum(over) for each in made[2:]))
+
+
+def _pointers(*tensors: Tensor) -> list[int]:
+    return [each.data_ptr() for each in tensors]
+
+
+@cache
+def library() -> dict[torch.dtype, _Passes]:
+    """The passes by the state's type, compiled where they are not yet. Raises RunnerError saying what is missing."""
+    loaded = ctypes.CDLL(str(_built()))
+    passes: dict[torch.dtype, _Passes] = {}
+    for dtype, name in _NAMES.items():
+        uniforms, step = (loaded[f"{each}_{name}"] for each in ("uniforms", "step"))
+        uniforms.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 6
+        step.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 22
+        uniforms.restype = step.restype = None
+        passes[dtype] = _Passes(uniforms, step)
+    return passes
+
+
+@cache
+def require_native() -> None:
+    """Raises RunnerError where the library cannot be made here, or is not the definition bit for bit."""
+    library()
+    for dtype in _NAMES:
+        case = _trial(dtype)
+        for name, mine, exact in zip(GuidedStep._fields, guided_step(*case), reference.guided_step(*case), strict=True):
+            if not torch.equal(mine, exact):
+                raise RunnerError(
+                    f"kernels 'native': {name} differs from the definition's in {dtype} on this machine; use kernels 'reference'"
+                )
+
+
+def _trial(dtype: torch.dtype) -> list[Tensor]:
+    """Three slots, one unguided and one that fails, of 37 elements: whole vectors and what is left over."""
+    place = torch.arange(3 * 37, dtype=torch.float64).reshape(3, 37)
+    pictures = [torch.sin(place * step).to(dtype) for step in (0.7, 1.1, 1.7, 2.3)]
+    pictures[1][2, 36] = torch.inf
+    slot = torch.arange(3)
+    table = torch.cos(torch.arange(2 * 5 * 11, dtype=torch.float64)).reshape(2, 5, 11).to(dtype)
+    some = torch.tensor([0.5, torch.nan, 2.0], dtype=dtype)
+    slots = [torch.tensor([5, 3]), slot % 2, slot, slot >= 0, some, some.nan_to_num(), slot != 1]
+    return [*pictures, table, *slots, torch.stack([slot + 2**31, slot * 7], 1), slot * 2**29, slot * 65535 // 2]
+
+
+def _built() -> Path:
+    """The library's file. A process that finds none makes one under a name of its own and renames it, whole."""
+    compiler = _compiler()
+    flags = [*_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    what = "\n".join([SOURCE.read_text(), *flags, _run([compiler, "--version"])])
+    library = _folder() / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.so"
+    if not library.exists():
+        made = library.with_name(f"{library.stem}.{os.getpid()}.making")
+        _run([compiler, *flags, str(SOURCE), "-o", str(made)])
+        made.replace(library)
+    return library
+
+
+def _compiler() -> str:
+    for name in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
+        if found := shutil.which(name):
+            return found
+    raise RunnerError("kernels 'native' need a C++ compiler: install g++ or clang++, or use kernels 'reference'")
+
+
+def _folder() -> Path:
+    """TILTSCOPE_HOME/native, mode 0700. Raises RunnerError where others could write into it: what lies there is run."""
+    home = os.environ.get("TILTSCOPE_HOME")
+    folder = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tiltscope"
+    folder = folder / "native"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError) as error:
+        raise RunnerError(
+            f"kernels 'native' keep a library in {folder}, which cannot be made ({error}); set TILTSCOPE_HOME to a folder "
+            "of your own, or use kernels 'reference'"
+        ) from error
+    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+        raise RunnerError(
+            f"{folder} belongs to another user or can be written by others, and a library is code; chmod 700 it, or set "
+            "TILTSCOPE_HOME to a folder of your own"
+        )
+    return folder
+
+
+def _run(words: list[str]) -> str:
+    try:
+        done: Any = subprocess.run(words, capture_output=True, text=True, check=True, timeout=_SECONDS)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()[-500:]
+        raise RunnerError(
+            f"kernels 'native': {words[0]} failed ({said}); use kernels 'reference', or set CXX to a compiler that works"
+        ) from error
+    return done.stdout
