@@ -26,6 +26,7 @@ from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.feature.poolings import pooling_tensors
 from tiltscope.engine.feature.readout import Readout
+from tiltscope.engine.feature.reference import check
 from tiltscope.engine.feature.sae import SparseAutoencoder, load_sae
 from tiltscope.engine.feature.trunk import ARCHITECTURES, load_trunk
 from tiltscope.engine.feature.trunk import FILES as TRUNK_FILES
@@ -87,6 +88,8 @@ class Bundle:
         self.name: str = self._get(self.meta, "name", str)
         self.files = VerifiedFolder(path, self._get(self.meta, "files", dict))
         self._trunks: dict[str, Trunk] = {}
+        self._bare: dict[str, Trunk] = {}
+        self._pictures: dict[str, Trunk] = {}
         self._rescaled: dict[str, Trunk] = {}
         self._features: dict[str, Feature] = {}
 
@@ -172,7 +175,16 @@ class Bundle:
             num=self._get(section, "num", int),
             shape=self.picture_shape,
             hooks=self.sae_hooks,
+            latents_per_file=self._per_file(section),
         )
+
+    def _per_file(self, section: Mapping[str, Any]) -> int | None:
+        found = section.get("latents_per_file")
+        if found is not None and not (type(found) is int and found > 0):
+            raise BundleError(
+                f"{self.path / DESCRIPTION}: pool.latents_per_file must be a positive whole number, got {found!r}"
+            )
+        return found
 
     @property
     def sae_hooks(self) -> tuple[str, ...]:
@@ -195,10 +207,22 @@ class Bundle:
                 )
             size = self._image_size(section)
             trunk = load_trunk(folder, hook, image_size=size)
+            self._bare[hook] = trunk
             if self.decoder is not None or self.shape[1:] != size:
                 trunk = DecodedTrunk(trunk, shape=self.shape, decoder=self.decoder)
             self._trunks[hook] = trunk
         return self._trunks[hook]
+
+    def picture_trunk(self, hook: str) -> Trunk:
+        """The trunk up to `hook` for pictures of the pool, whatever the prior's samples are; shares the weights of `trunk`."""
+        trunk = self.trunk(hook)
+        if self.decoder is None:
+            return trunk
+        if hook not in self._pictures:
+            bare = self._bare[hook]
+            same = bare.image_size == self.picture_shape[1:]
+            self._pictures[hook] = bare if same else DecodedTrunk(bare, shape=self.picture_shape)
+        return self._pictures[hook]
 
     def _image_size(self, section: Mapping[str, Any]) -> tuple[int, int]:
         """[height, width] that the trunk reads: its own image_size in bundle.json, else the pictures'."""
@@ -235,8 +259,16 @@ class Bundle:
                 token_length=section.get("token_length", "as_is"),
             )
             sae.check_trunk(self.trunk(hook))
+            self._check_reference(hook, sae)
             self._saes[hook] = sae
         return self._saes[hook]
+
+    def _check_reference(self, hook: str, sae: SparseAutoencoder) -> None:
+        """Raises BundleError where trunk and autoencoder do not answer as they did when the bundle was made."""
+        stored = self.meta.get("reference_activations", {})
+        if hook in stored:
+            trunk = self.picture_trunk(hook)
+            check(self.files.file(self._get(stored, hook, str)), trunk.rescaled() if sae.rescales else trunk, sae)
 
     def feature(self, text: str) -> Feature:
         """The feature HOOK:KIND:INDEX[@POOLING]; the same object each time (a direction's file is read anew).

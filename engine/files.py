@@ -46,6 +46,22 @@ def tensor_names(path: Path) -> list[str]:
         raise BundleError(f"{path} cannot be read: {error}") from error
 
 
+def describe_file(path: Path) -> dict[str, Any]:
+    """What a description says of a file: its sha256 and size; read in pieces."""
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The `files` of a folder's bundle.json: every file but that one and those in hidden folders."""
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name: describe_file(path)
+        for name, path in names.items()
+        if name != "bundle.json" and not any(part.startswith(".") for part in PurePosixPath(name).parts)
+    }
+
+
 class VerifiedFolder:
     """A folder whose description holds size and sha256 of every file; each file is checked when it is first asked for.
 

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from tiltscope.engine.errors import BundleError, ConfigError
+from tiltscope.engine.feature.address import FeatureAddress
 from tiltscope.engine.feature.feature import Feature, check_activation
 from tiltscope.engine.files import VerifiedFolder, read_json, read_tensors
 
@@ -30,6 +31,13 @@ PICTURES, ACTIVATIONS, STATISTICS, EMBEDDINGS, CALIBRATIONS = (
     "calibrations.json",
 )
 BATCH = 64
+# Row groups of pictures kept: one of a pool that has one, and of a large pool a few megabytes.
+KEPT_GROUPS = 8
+
+
+def block_name(number: int) -> str:
+    """The file of the `number`-th block of latents, where one file would be too large to be written at once."""
+    return f"activations-{number:05d}.parquet"
 
 
 class Pool:
@@ -39,22 +47,37 @@ class Pool:
     """
 
     def __init__(
-        self, files: VerifiedFolder, path: str, *, num: int, shape: tuple[int, ...], hooks: Iterable[str]
+        self,
+        files: VerifiedFolder,
+        path: str,
+        *,
+        num: int,
+        shape: tuple[int, ...],
+        hooks: Iterable[str],
+        latents_per_file: int | None = None,
     ) -> None:
-        """path: the pool's folder in the bundle; num: rows that bundle.json promises; hooks: those with stored statistics."""
+        """path: the pool's folder in the bundle; num: rows that bundle.json promises; hooks: those with stored statistics.
+
+        latents_per_file: how many latents each file of activations holds; None: all are in one.
+        """
         self._files = files
         self._path = path
         self.num = num
         self._shape = shape
         self._hooks = tuple(hooks)
+        self._per_file = latents_per_file
+        self._groups: dict[int, Any] = {}
         # By feature object: two custom features may share a name.
         self._computed: WeakKeyDictionary[Feature, NDArray[np.float64]] = WeakKeyDictionary()
 
     @cached_property
     def _columns(self) -> dict[str, list[Any]]:
+        """The words of all pictures; the pictures themselves are read a row group at a time."""
         path = self._files.file(self._path, PICTURES)
-        columns = pq.read_table(path).to_pydict()
-        missing = {"image", "name", "code_points", "category", "keywords", "split"} - set(columns)
+        held = set(pq.read_schema(path).names)
+        missing = {"image", "name", "category", "keywords", "split"} - held
+        wanted = ["name", "category", "keywords", "split", *(["code_points"] if "code_points" in held else [])]
+        columns = {} if missing else pq.read_table(path, columns=wanted).to_pydict()
         if missing or len(columns["name"]) != self.num:
             problem = (
                 f"lacks the column {min(missing)!r}" if missing else f"has {len(columns['name'])} rows, not {self.num}"
@@ -68,7 +91,8 @@ class Pool:
 
     @property
     def code_points(self) -> tuple[str, ...]:
-        return tuple(self._columns["code_points"])
+        """Empty for a pool that is not of emoji."""
+        return tuple(self._columns.get("code_points", ()))
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -97,7 +121,7 @@ class Pool:
         return torch.stack([self._decode(i) for i in rows])
 
     def _decode(self, index: int) -> Tensor:
-        with Image.open(io.BytesIO(self._columns["image"][index]["bytes"])) as opened:
+        with Image.open(io.BytesIO(self._encoded(index))) as opened:
             pixels = np.asarray(opened.convert("RGB"))
         picture = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         if tuple(picture.shape) != self._shape:
@@ -106,13 +130,43 @@ class Pool:
             )
         return picture
 
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        """The first row of every row group, and the number of rows."""
+        found = pq.read_metadata(self._files.file(self._path, PICTURES))
+        sizes = [found.row_group(at).num_rows for at in range(found.num_row_groups)]
+        return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+    def _encoded(self, index: int) -> bytes:
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        if group not in self._groups:
+            if len(self._groups) >= KEPT_GROUPS:
+                self._groups.pop(next(iter(self._groups)))
+            with pq.ParquetFile(self._files.file(self._path, PICTURES)) as file:
+                self._groups[group] = file.read_row_group(group, columns=["image"]).column("image")
+        return self._groups[group][index - int(self._starts[group])].as_py()["bytes"]
+
     def x0(self, indices: Iterable[int]) -> Float[Tensor, "n 3 height width"]:
         """images(indices)/127.5 - 1, float32 in [-1, 1]."""
         return self.images(indices).to(torch.float32) / 127.5 - 1
 
     @cached_property
-    def _stored(self) -> frozenset[str]:
-        return frozenset(pq.read_schema(self._files.file(self._path, ACTIVATIONS)).names)
+    def _stored(self) -> dict[str, frozenset[str]]:
+        """The columns of each file of activations that was asked for."""
+        return {}
+
+    def _file_of(self, address: FeatureAddress) -> str | None:
+        """The file that holds a feature's column; None where no file does."""
+        name = ACTIVATIONS
+        if self._per_file is not None:
+            if address.kind != "sae" or address.hook not in self._hooks or not isinstance(address.index, int):
+                return None
+            name = block_name(address.index // self._per_file)
+            if str(PurePosixPath(self._path, name)) not in self._files.names:
+                return None
+        if name not in self._stored:
+            self._stored[name] = frozenset(pq.read_schema(self._files.file(self._path, name)).names)
+        return name if str(address) in self._stored[name] else None
 
     def activations(self, feature: Feature) -> Float[np.ndarray, "num"]:
         """a(x0) of every picture, float64: from stored columns (weighted sums of them too), else computed once.
@@ -125,15 +179,22 @@ class Pool:
 
     def _is_stored(self, feature: Feature) -> bool:
         # An address means this bundle's hook and weights only for this bundle's features.
-        return feature.pool is self and bool(feature.terms) and all(str(a) in self._stored for _, a in feature.terms)
+        return (
+            feature.pool is self and bool(feature.terms) and all(self._file_of(a) is not None for _, a in feature.terms)
+        )
 
     def _from_columns(self, feature: Feature) -> NDArray[np.float64]:
-        names = [str(address) for _, address in feature.terms]
-        table = pq.read_table(self._files.file(self._path, ACTIVATIONS), columns=sorted(set(names)))
+        total = np.zeros(self.num)
+        for weight, address in feature.terms:
+            total += weight * self._column(address)
+        return total
+
+    def _column(self, address: FeatureAddress) -> NDArray[np.float64]:
+        name = str(self._file_of(address))
+        table = pq.read_table(self._files.file(self._path, name), columns=[str(address)])
         if table.num_rows != self.num:
-            raise BundleError(f"{ACTIVATIONS} has {table.num_rows} rows, not {self.num}")
-        columns = {name: table.column(name).to_numpy().astype(np.float64) for name in set(names)}
-        return np.sum([weight * columns[name] for (weight, _), name in zip(feature.terms, names, strict=True)], axis=0)
+            raise BundleError(f"{name} has {table.num_rows} rows, not {self.num}")
+        return table.column(0).to_numpy().astype(np.float64)
 
     def _run(self, feature: Feature) -> NDArray[np.float64]:
         dtype = torch.float32 if feature.trunk is None else feature.trunk.dtype

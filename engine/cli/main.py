@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "every method at matched activation: table, and activation against naturalness over lambda",
     "calibrate": "the lambda that reaches a wanted mean activation, from natural pictures alone",
     "export": "build what a runner needs ahead, and prove that its step is the reference's",
+    "bundle": "your own prior, trunk, autoencoder and pictures as a bundle; resumable",
     "bench": "how long it takes on this machine, beside a named baseline",
     "doctor": "what this machine can run, what is missing, which extra installs it",
 }

@@ -23,8 +23,8 @@ from tiltscope.engine.feature.readout import Readout, pool_latents
 from tiltscope.engine.files import read_tensors
 
 CHUNK = 512  # rows of one token at a time: [64, 512, 69] float32 is 9 MB
-# kind -> whether its file must say where a latent starts; else at 0.
-KINDS = {"jumprelu": True, "batchtopk": True, "relu": False, "topk": False}
+# kind -> whether its file must say where a latent starts; else at 0 (linear: nowhere, a latent is its pre-activation).
+KINDS = {"jumprelu": True, "batchtopk": True, "relu": False, "topk": False, "linear": False}
 # What a token is before the encoder sees it: itself, or brought to length sqrt(width).
 TOKEN_LENGTHS = ("as_is", "sqrt_width")
 
@@ -142,7 +142,7 @@ def load_sae(path: Path, *, kind: str = "jumprelu", token_length: str = "as_is")
             f"{path} holds no tensor {missing[0]!r}; a sparse autoencoder of kind {kind} needs {', '.join(needed)}"
         )
     weight, bias = found[names[0]], found[names[1]]
-    threshold = found.get("threshold", torch.zeros_like(bias))
+    threshold = found.get("threshold", torch.full_like(bias, float("-inf") if kind == "linear" else 0.0))
     if weight.ndim not in (2, 4) or bias.shape != weight.shape[:1] or threshold.shape != bias.shape:
         raise BundleError(
             f"{path}: encoder.weight {list(weight.shape)}, encoder.bias {list(bias.shape)} and threshold "
