@@ -8,20 +8,20 @@
 The gate: each way's strength is the one at which the mean over the same `--num` seeds is the target's within 5 % (matching.py);
 a way that does not get there is timed, and marked. The published update takes too long for a search: its strength is the one that
 benchmarks/ablation.py found for 32 pictures, and it is timed over some of its rows, all of which cost the same. All ways are
-timed in turn. Naturalness is the reports'. Appends a line to results/peers.jsonl; tools/benchmark_tables.py writes
-docs/benchmarks.md.
+timed in turn. Naturalness is the reports'. Appends a line to results/peers.jsonl; tools/benchmark_tables.py writes docs/benchmarks.md.
 
 deepinv declares torchvision, which declares a torch of its own, so it has an environment of its own:
 
     python -m venv build/bench-venv
     build/bench-venv/bin/pip install --constraint constraints/cpu.txt --editable '.[onnx]'
-    build/bench-venv/bin/pip install --no-deps deepinv==0.5.0 torchvision==0.28.0 torchmetrics lightning-utilities einops \\
-        h5py natsort
+    build/bench-venv/bin/pip install --no-deps deepinv==0.5.0 torchvision==0.28.0 torchmetrics lightning-utilities \
+        einops h5py natsort
     build/bench-venv/bin/python benchmarks/peers.py
 """
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 import tyro
-from matching import Drawn, activation_of, match, naturalness
 from torch import Tensor, nn
 
 import tiltscope
@@ -46,6 +45,10 @@ from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.engine.samples import join
 from tiltscope.engine.tilt.actmax import activation_maximisation, natural_magnitude
 from tiltscope.kernels.philox import normal
+
+sys.path.append(str(Path(__file__).parent))
+
+from matching import Drawn, activation_of, match, naturalness
 
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED_ROWS = 1000
