@@ -8,7 +8,8 @@
 The gate: each way's strength is the one at which the mean over the same `--num` seeds is the target's within 5 % (matching.py);
 a way that does not get there is timed, and marked. The published update takes too long for a search: its strength is the one that
 benchmarks/ablation.py found for 32 pictures, and it is timed over some of its rows, all of which cost the same. All ways are
-timed in turn. Naturalness is the reports'. Appends a line to results/peers.jsonl; tools/benchmark_tables.py writes docs/benchmarks.md.
+timed in turn. Naturalness is the reports'. Appends a line to results/peers.jsonl; tools/benchmark_tables.py writes
+docs/benchmarks.md.
 
 deepinv declares torchvision, which declares a torch of its own, so it has an environment of its own:
 
@@ -63,11 +64,11 @@ class Config:
     num: int = 8
     """pictures, drawn in one batch"""
     runner: str = "auto"
-    deepinv_steps: tuple[int, ...] = (10, 25, 50)
+    deepinv_steps: tuple[int, ...] = (10, 25)
     interval: tuple[float, float] = (0.0, 1.0)
     """where rows are guided, of the second line of this engine"""
-    published_rows: int = 20
-    seconds: float = 60.0
+    published_rows: int = 8
+    turns: int = 3
     """of timing, for the batch and again for one picture"""
 
 
@@ -230,7 +231,7 @@ def main(config: Config) -> None:
     found = {way.name: described(bundle, way, drawn.get(way.name), of_ablation) for way in ways}
     for num in (config.num, 1):
         calls = {way.name: partial(way.draw, found[way.name]["strength"], num) for way in ways}
-        for name, timing in interleave(calls, seconds=config.seconds).items():
+        for name, timing in interleave(calls, seconds=0.0, least=config.turns).items():
             scale = next(way.scale for way in ways if way.name == name)
             found[name][f"seconds_{num}"] = {
                 share: 1e-3 * scale * getattr(timing, share) / num for share in ("p20", "p50", "p80")
