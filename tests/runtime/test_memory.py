@@ -54,23 +54,25 @@ def test_foreseen_memory_grows_with_the_batch_and_with_the_dtype(bundle):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
-def test_a_chunked_gradient_is_the_gradient(bundle, chunk):
-    feature = bundle.feature(ADDRESS)
-    whole = TorchStep(bundle.prior, feature)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_chunked_gradient_is_the_gradient(bundle, chunk, dtype):
+    prior, feature = bundle.prior.to(dtype), bundle.feature(ADDRESS).to(dtype)
+    whole = TorchStep(prior, feature)
     chunked = ChunkedStep(whole, chunk)
-    x, sigma, alpha = inputs(bundle.prior, 5)
-    readout = feature.readout.expand(5)
-    for got, wanted in zip(
-        chunked.guided(x, sigma, alpha, readout), whole.guided(x, sigma, alpha, readout), strict=True
-    ):
-        assert (got - wanted).norm() <= 1e-6 * wanted.norm()
-    v = torch.randn_like(x)
-    for got, wanted in zip(
-        (chunked.linearise(x, sigma)[0], chunked.linearise(x, sigma)[1](v), *chunked.gradient(x, readout)),
-        (whole.linearise(x, sigma)[0], whole.linearise(x, sigma)[1](v), *whole.gradient(x, readout)),
-        strict=True,
-    ):
-        assert (got - wanted).norm() <= 1e-6 * wanted.norm()
+    x, sigma, alpha = inputs(prior, 5, dtype)
+    readout, v = (
+        feature.readout.expand(5),
+        torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=dtype),
+    )
+
+    def every(step):
+        x0_hat, pullback = step.linearise(x, sigma)
+        return *step.guided(x, sigma, alpha, readout), x0_hat, pullback(v), *step.gradient(x, readout)
+
+    for got, wanted in zip(every(chunked), every(whole), strict=True):
+        # In float32 a thresholded activation near 0 is the difference of numbers that are not: held to 1e-6 of a drive's size.
+        scale = float(wanted.norm()) if dtype == torch.float64 or wanted.ndim > 1 else max(1.0, float(wanted.norm()))
+        assert float((got - wanted).norm()) <= 1e-6 * scale
 
 
 def test_a_chunk_takes_the_memory_of_its_own_size(bundle):
