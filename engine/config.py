@@ -38,6 +38,7 @@ ALWAYS_SO: dict[str, tuple[Any, ...]] = {
     "kernels": ("auto", "reference", "native"),
     "device": ("cpu",),
     "allow_parity_failure": (False,),
+    "vjp_chunk": (None,),
 }
 
 
@@ -91,6 +92,8 @@ class SampleConfig(Settings):
     """which samples of the seed to draw (default 0 .. num-1)"""
     batch_size: int | None = None
     """slots a step advances together (default: the power of two that holds num, at most 8)"""
+    vjp_chunk: int | None = None
+    """samples of a batch that a gradient is taken of at once (default: all): fewer take less memory, and more time"""
     start: str | None = None
     """a picture's file: samples start from it, noised to start_sigma, and keep what that noise leaves of it"""
     start_sigma: float = 0.8
@@ -128,6 +131,8 @@ class SampleConfig(Settings):
             _whole("steps", self.steps, 1, 100_000)
         if self.batch_size is not None:
             _whole("batch_size", self.batch_size, 1, MAX_BATCH)
+        if self.vjp_chunk is not None:
+            _whole("vjp_chunk", self.vjp_chunk, 1, MAX_BATCH)
         if self.target_activation is not None:
             self._set(target_activation=_finite("target_activation", self.target_activation))
         for name in ("beyond_pool", "allow_parity_failure"):

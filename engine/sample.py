@@ -7,7 +7,7 @@ bucket, so a million of them stream through flat memory; `sample` collects them.
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
 
@@ -27,6 +27,11 @@ from tiltscope.engine.runtime.auto import Choice, choose
 from tiltscope.engine.runtime.graphs import CudaGraphs
 from tiltscope.engine.runtime.runners import AUTO, Gated, step_for
 from tiltscope.engine.runtime.step import ListeningStep
+
+
+from tiltscope.engine.runtime.memory import ChunkedStep, MemoryPlan, available_mib, plan_memory
+from tiltscope.engine.runtime.runners import AUTO, REFERENCE, Gated, step_for
+>>>>>>> 64d8da3 (Memory of a guided row foreseen on the meta device; a bucket that does not fit is refused with numbers; its gradient in chunks)
 from tiltscope.engine.sampler.lifts import LIFTS, Lift
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.sampler.particles import proposal_plan, settle
@@ -68,6 +73,7 @@ class Run:
     whose they are. estimate: KL, log Z and ESS of the tilt that `natural` gives for what was asked, None without `natural`,
     beyond its reach, or where lam differs between samples. ascent: how lam was found on the sampler, None where it was not.
     gated: the step as its self-test left it. choice: why this runner, where that was left to auto; `config` names the one taken.
+    memory: what a guided row takes, None where that is not foreseen (Python functions, a device, a runner of its own memory).
     graphed: what replays the ticks, None where they run eagerly. calls: the fused operations that have run, by implementation.
     """
 
@@ -83,6 +89,7 @@ class Run:
     ascent: Ascent | None = None
     gated: Gated | None = None
     choice: Choice | None = None
+    memory: MemoryPlan | None = None
     graphed: GraphedTicks | None = None
     calls: Calls = field(default_factory=Calls)
 
@@ -249,6 +256,7 @@ class Run:
             **sourced,
             "runner": self.programme.step.name,
             "runner_choice": None if self.choice is None else self.choice.to_json(),
+            "memory": None if self.memory is None else asdict(self.memory),
             "parity": None if self.gated is None else {"errors": self.gated.parity, "failure": self.gated.failure},
             "kernels": self.programme.kernels,
             "device": str(self.programme.device),
@@ -284,6 +292,7 @@ def sample(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
+    vjp_chunk: int | None = None,
     start: str | None = None,
     start_sigma: float = 0.8,
     guidance_interval: tuple[float, float] | None = None,
@@ -330,6 +339,7 @@ def sample(
         seed=seed,
         indices=indices,  # pyright: ignore[reportArgumentType]  likewise
         batch_size=batch_size,
+        vjp_chunk=vjp_chunk,
         start=start,
         start_sigma=start_sigma,
         guidance_interval=guidance_interval,
@@ -386,6 +396,9 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, gated: Gate
     if config.runner == AUTO:
         # What runs is what the run is called by: another runner's pictures differ in their last bits.
         config = replace(config, runner=gated.step.name)
+    needs = _memory_plan(prior, feature, config, gated)
+    if config.vjp_chunk is not None and config.vjp_chunk < config.bucket:
+        gated = gated._replace(step=ChunkedStep(gated.step, config.vjp_chunk))
     plan = make_plan(
         config.solver,
         steps=config.steps or 0,
@@ -437,6 +450,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, gated: Gate
         seconds={"calibration": time.perf_counter() - started},
         gated=gated,
         choice=choice,
+        memory=needs,
         graphed=GraphedTicks(CudaGraphs()) if config.graphs == "auto" and device.type == "cuda" else None,
     )
 
@@ -452,6 +466,7 @@ def device_and_kernels(config: SampleConfig) -> tuple[torch.device, Implementati
     return device, cast(Implementation, config.kernels)
 
 
+<<<<<<< HEAD
 def _same_bits_sooner(device: torch.device) -> Implementation:
     """ "native" where this machine has it, else "reference": the same bits, so only the time depends on a compiler."""
     if device.type != "cpu":
@@ -462,6 +477,17 @@ def _same_bits_sooner(device: torch.device) -> Implementation:
         logger.info("kernels auto: reference, because %s", error)
         return "reference"
     return "native"
+=======
+def _memory_plan(prior: Prior, feature: Feature, config: SampleConfig, gated: Gated) -> MemoryPlan | None:
+    """Raises RunnerError, with numbers, for a bucket whose gradient would not fit."""
+    if config.device != "cpu" or gated.step.name != REFERENCE or prior.network is None or feature.trunk is None:
+        return None
+    if config.lam == 0:
+        return None
+    available = available_mib()
+    return plan_memory(
+        prior, feature, DTYPES[config.dtype], bucket=config.bucket, chunk=config.vjp_chunk, available=available
+    )
 
 
 def _starting_picture(prior: Prior, path: str) -> Float[Tensor, "channel height width"]:

@@ -90,7 +90,7 @@ def row(options: Options) -> Iterator[Line]:
     steps: dict[str, Step] = {runner: _step(bundle, options.feature, runner) for runner in options.runners}
     peak = matmul_gflops()
     for batch in options.batches:
-        x, sigma, alpha = _noisy(bundle.prior, batch)
+        x, sigma, alpha = noisy(bundle.prior, batch)
         readout = None if feature.readout is None else feature.readout.expand(batch)
         guided = partial(reference.guided, x, sigma, alpha, readout)
         all_ways = {"plain": partial(plain, x, LEVEL)} | {
@@ -156,7 +156,7 @@ def throughput(options: Options) -> Iterator[Line]:
     ways: dict[str, Way] = {}
     sizes = (1, 2, 4, 8, 16, 32)
     for batch in sizes:
-        x, sigma, alpha = _noisy(bundle.prior, batch)
+        x, sigma, alpha = noisy(bundle.prior, batch)
         readout = None if feature.readout is None else feature.readout.expand(batch)
         ways[str(batch)] = partial(step.guided, x, sigma, alpha, readout)
     timings = interleave(ways, seconds=options.seconds)
@@ -252,7 +252,7 @@ def _step(bundle: Bundle, feature: str, runner: str) -> Step:
     return run.programme.step
 
 
-def _noisy(prior: Prior, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def noisy(prior: Prior, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """x, sigma, alpha at the native level LEVEL."""
     if prior.levels is None:
         raise ConfigError("bench: this prior has no levels of its own, so there is no plain baseline for it")

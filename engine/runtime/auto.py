@@ -115,7 +115,11 @@ def _candidates(prior: Prior, feature: Feature, dtype: torch.dtype) -> tuple[lis
 def _hindrance(
     chosen: Exporter, prior: Prior, feature: Feature, dtype: torch.dtype, built: list[dict[str, Any] | None]
 ) -> str | None:
-    if (missing := chosen.cannot_run()) is not None:
+    try:
+        missing = chosen.cannot_run()
+    except RunnerError as error:  # its library is not installed
+        missing = str(error)
+    if missing is not None:
         return missing
     if str(dtype).removeprefix("torch.") not in chosen.dtypes:
         return f"has no {str(dtype).removeprefix('torch.')}"

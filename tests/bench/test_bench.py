@@ -40,7 +40,7 @@ def test_ways_take_turns_in_alternating_order_after_one_call_each():
 
 def test_the_plain_baseline_computes_what_the_engine_does(options):
     feature = options.bundle.feature(FEATURE)
-    x, sigma, alpha = cases._noisy(options.bundle.prior, 3)
+    x, sigma, alpha = cases.noisy(options.bundle.prior, 3)
     mine = TorchStep(options.bundle.prior, feature).guided(x, sigma, alpha, feature.readout.expand(3))
     for got, wanted in zip(PlainStep(options.bundle, feature)(x, cases.LEVEL), mine, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)

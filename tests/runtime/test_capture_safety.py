@@ -45,7 +45,9 @@ SMALL = tiltscope.Feature(lambda x0: (x0 * x0).flatten(1).mean(1), name="small")
 
 def judged(prior, feature, needs, change=None, **settings):
     """The verdict on the real tick. change(slots, programme, written): what a test plants in the step, done after it."""
-    run = prepare(prior, feature, SampleConfig(**({"num": NUM, "lam": 1.0, "steps": STEPS, "kernels": "reference"} | settings)))
+    run = prepare(
+        prior, feature, SampleConfig(**({"num": NUM, "lam": 1.0, "steps": STEPS, "kernels": "reference"} | settings))
+    )
     work, bucket = run.programme, NUM * run.config.particles
     work = replace(work, bucket=None)
 
