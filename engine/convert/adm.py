@@ -26,6 +26,7 @@ _RESIDUAL = {
     "skip_connection": "conv_shortcut",
 }
 _HEAD_CHANNELS = 64
+_GROUPS = 32
 _BLOCK = re.compile(r"^(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)$")
 
 
@@ -65,7 +66,9 @@ def convert_adm(
         "time_embedding_type": "positional",
         "flip_sin_to_cos": True,
         "freq_shift": 0,
-        "norm_num_groups": 32 if min(widths) >= 32 else min(widths),
+        "norm_num_groups": _GROUPS,
+        # Else the middle's attention has no norm of its own.
+        "attn_norm_num_groups": _GROUPS,
         "norm_eps": 1e-5,
         "act_fn": "silu",
     }
