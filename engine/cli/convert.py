@@ -12,7 +12,7 @@ from tiltscope.engine.cli.screen import put_json, stage
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """DINOv3 as Meta or timm name it, guided-diffusion's U-Net, autoencoders of saev and overcomplete, into safetensors.
+    """DINOv3 as Meta or timm name it, ADM, DiT, SiT, autoencoders of saev and overcomplete, into safetensors.
 
     A pickled checkpoint is read by a reader that knows tensors and plain values; one that asks for anything else is refused.
     """
@@ -33,6 +33,8 @@ class Arguments:
     """overcomplete's batchtopk: the running threshold, which its files do not hold"""
     centre: bool = False
     """saev: the decoder's bias is subtracted before the encoder, as its releases before schema 2 did"""
+    flow: bool | None = None
+    """a DiT or SiT: --flow True for a SiT, --flow False for a DiT (default: what the file's name says)"""
     hook: str | None = None
     """where an autoencoder reads, for example blocks.8; kept beside it"""
     common: Common

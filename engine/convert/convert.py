@@ -15,6 +15,7 @@ from tiltscope.engine.bundling.sae_formats import Read, from_overcomplete, from_
 from tiltscope.engine.convert.adm import convert_adm, is_adm
 from tiltscope.engine.convert.checkpoint import Checkpoint, read_checkpoint
 from tiltscope.engine.convert.dinov3 import NORMALISATIONS, convert_dinov3, is_dinov3
+from tiltscope.engine.convert.dit import convert_dit, is_dit
 from tiltscope.engine.errors import BundleError, ConfigError
 
 # ADM's own: 1000 levels, linear betas, a learned variance between two bounds.
@@ -27,6 +28,13 @@ ADM_SCHEDULER = {
     "prediction_type": "epsilon",
     "clip_sample": True,
     "clip_sample_range": 1.0,
+}
+# The linear path; told its time as the noise's share itself.
+SIT_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "time_scale": 1.0,
 }
 
 
@@ -41,6 +49,7 @@ class ConvertSettings:
     threshold: float | None = None
     centre: bool = False
     hook: str | None = None
+    flow: bool | None = None
 
 
 def convert(checkpoint: Path, out: Path, settings: ConvertSettings) -> str:
@@ -54,6 +63,8 @@ def convert(checkpoint: Path, out: Path, settings: ConvertSettings) -> str:
     found = read_checkpoint(checkpoint)
     if is_adm(found.tensors):
         return _write_adm(found.tensors, out, settings)
+    if is_dit(found.tensors):
+        return _write_dit(found.tensors, out, _is_flow(checkpoint, settings))
     if is_dinov3(found.tensors):
         return _write_trunk(found.tensors, out, _release(checkpoint, settings))
     if (read := _autoencoder(found, settings)) is not None:
@@ -61,8 +72,18 @@ def convert(checkpoint: Path, out: Path, settings: ConvertSettings) -> str:
     names = sorted(found.tensors)
     raise BundleError(
         f"{checkpoint} is of no kind that is known (its tensors: {', '.join(names[:3])} and {max(len(names) - 3, 0)} more); "
-        "allowed: DINOv3 (Meta, timm), guided-diffusion's U-Net, autoencoders of saev and overcomplete"
+        "allowed: DINOv3 (Meta, timm), guided-diffusion's U-Net, DiT, SiT, autoencoders of saev and overcomplete"
     )
+
+
+def _is_flow(checkpoint: Path, settings: ConvertSettings) -> bool:
+    named = [each for each in ("sit", "dit") if each in checkpoint.name.lower()]
+    if settings.flow is None and len(named) != 1:
+        raise ConfigError(
+            "flow: DiT and SiT have the same names, and this file's name tells neither; say --flow True for a SiT, "
+            "False for a DiT"
+        )
+    return settings.flow if settings.flow is not None else named == ["sit"]
 
 
 def _release(checkpoint: Path, settings: ConvertSettings) -> str:
@@ -98,6 +119,19 @@ def _write_adm(tensors: Mapping[str, Tensor], out: Path, settings: ConvertSettin
     _json(out / "config.json", config)
     size = sum(each.numel() for each in converted.values())
     return f"UNet2DModel, {size:,} numbers, {len(config['block_out_channels'])} levels"
+
+
+def _write_dit(tensors: Mapping[str, Tensor], out: Path, flow: bool) -> str:
+    converted, config = convert_dit(tensors, flow=flow)
+    learned = config["out_channels"] == 2 * config["in_channels"]
+    out.mkdir(parents=True, exist_ok=True)
+    _save(converted, out / "diffusion_pytorch_model.safetensors")
+    variance = {"variance_type": "learned_range" if learned else "fixed_small", "clip_sample": False}
+    scheduler = SIT_SCHEDULER if flow else ADM_SCHEDULER | variance
+    _json(out / "scheduler_config.json", scheduler)
+    _json(out / "config.json", config)
+    what = "flow" if flow else "epsilon"
+    return f"DiTTransformer2DModel, {config['num_layers']} blocks, latents of {config['in_channels']} channels, {what}"
 
 
 def _autoencoder(found: Checkpoint, settings: ConvertSettings) -> Read | None:

@@ -24,7 +24,7 @@ from tiltscope.engine.feature.vit import ACTIVATIONS, Block, ViTConfig
 
 _NAMES = (
     (r"^encoder\.layer\.", "layer."),
-    (r"\.attention\.attention\.(query|key|value)\.", lambda m: f".attention.{m[1][0]}_proj."),
+    (r"\.attention\.attention\.(q|k|v)(?:uery|ey|alue)\.", r".attention.\1_proj."),
     (r"\.attention\.output\.dense\.", ".attention.o_proj."),
     (r"\.mlp\.fc1\.", ".mlp.up_proj."),
     (r"\.mlp\.(?:fc2|weights_out)\.", ".mlp.down_proj."),
