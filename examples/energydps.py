@@ -2,9 +2,9 @@
 
     python examples/energydps.py BUNDLE FEATURE [--out OUT] [--rows 1000] [--num 1]
 
-docs/systems/energydps.md makes the bundle. The published sampler (preset paper_exact) guides with a constant scale of 1 over all
-of the network's 1000 levels, from seed 45, and caps the activation at 20; a constant scale is no constant lambda, so what it draws
-from has no formula. The calibrated one draws from p(x) exp(lambda a(x))/Z at the lambda whose mean is what the first reached.
+docs/systems/energydps.md makes the bundle. The published sampler (preset paper_exact) guides with a constant scale of 1 over
+all of the network's 1000 levels, from seed 45, and caps the activation at 20; a constant scale is no constant lambda, so what it
+draws from has no formula. The calibrated one draws from p(x) exp(lambda a(x))/Z at the lambda whose mean the first reached.
 """
 
 import argparse
