@@ -35,6 +35,7 @@ CHECKED = tuple(
         "engine.prior.network",
         "engine.feature.readout",
         "engine.feature.trunk",
+        "engine.feature.dinov2",
         "engine.feature.sae",
     )
 )

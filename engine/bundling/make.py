@@ -20,6 +20,7 @@ from torch import Tensor
 from tiltscope.engine.bundle import DESCRIPTION, SCHEMA_VERSION, embedded_bundles
 from tiltscope.engine.bundling.autoencoders import FILE as SAE_FILE
 from tiltscope.engine.bundling.autoencoders import Autoencoder, import_sae
+from tiltscope.engine.bundling.hub import local_folder
 from tiltscope.engine.bundling.parts import Part, find_evaluator, find_prior, find_trunk, sae_section
 from tiltscope.engine.bundling.pictures import FolderPictures, Pictures, first_few
 from tiltscope.engine.bundling.pool import PoolFacts, write_features, write_pool
@@ -120,12 +121,14 @@ class Found:
 
 def find(settings: BundleSettings) -> Found:
     """Look at everything, write nothing. Raises ConfigError and BundleError as the parts do."""
-    prior, decoder = find_prior(settings.prior, decoder=settings.decoder, pixel_unshuffle=settings.pixel_unshuffle)
+    vae = None if settings.decoder is None else local_folder(settings.decoder, "decoder")
+    folder = local_folder(settings.prior, "prior")
+    prior, decoder = find_prior(folder, decoder=vae, pixel_unshuffle=settings.pixel_unshuffle)
     shape = tuple(prior.section["shape"])
     picture_shape = shape
     if decoder is not None:
         picture_shape = load_decoder(decoder.weights[1][0].parent, shape=shape).picture_shape
-    sae = import_sae(settings.sae, kind=settings.sae_kind, token_length=settings.token_length)
+    sae = import_sae(local_folder(settings.sae, "sae"), kind=settings.sae_kind, token_length=settings.token_length)
     hook = settings.hook or sae.hook
     if hook is None:
         raise ConfigError(f"sae {settings.sae} does not say where it reads; give --hook, for example blocks.8")
@@ -134,7 +137,7 @@ def find(settings: BundleSettings) -> Found:
         settings=settings,
         prior=prior,
         decoder=decoder,
-        trunk=find_trunk(settings.trunk),
+        trunk=find_trunk(local_folder(settings.trunk, "trunk")),
         evaluator=find_evaluator(evaluator),
         sae=sae,
         hook=hook,

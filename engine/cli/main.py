@@ -26,6 +26,7 @@ COMMANDS = {
     "calibrate": "the lambda that reaches a wanted mean activation, from natural pictures alone",
     "export": "build what a runner needs ahead, and prove that its step is the reference's",
     "bundle": "your own prior, trunk, autoencoder and pictures as a bundle; resumable",
+    "convert": "a checkpoint as its authors publish it, into a folder that loads here; runs no code of it",
     "bench": "how long it takes on this machine, beside a named baseline",
     "doctor": "what this machine can run, what is missing, which extra installs it",
 }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.feature.convnext import ConvNeXtConfig, TruncatedConvNeXt
+from tiltscope.engine.feature.dinov2 import DINOv2Config, TruncatedDINOv2, our_names
 from tiltscope.engine.feature.hooked import CPU as CPU
 from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.feature.vit import Block, Embeddings, ViTConfig, rope_tables
@@ -90,14 +91,18 @@ def num_blocks_before(hook: str, config: ViTConfig) -> int:
 class Architecture(NamedTuple):
     """How a model_type is read: its configuration and its trunk."""
 
-    config: Callable[[Mapping[str, Any]], ViTConfig | ConvNeXtConfig]
+    config: Callable[[Mapping[str, Any]], ViTConfig | ConvNeXtConfig | DINOv2Config]
     trunk: Callable[..., Trunk]
+    names: Callable[[str], tuple[str, ...]] = lambda name: (name,)
+    """what a tensor of the file is called here; several names: its equal parts along the first axis"""
 
 
 # config.json's model_type -> how it is read.
 ARCHITECTURES: dict[str, Architecture] = {
     "dinov3_vit": Architecture(ViTConfig.from_json, TruncatedViT),
     "dinov3_convnext": Architecture(ConvNeXtConfig.from_json, TruncatedConvNeXt),
+    "dinov2": Architecture(DINOv2Config.from_json, TruncatedDINOv2, our_names),
+    "dinov2_with_registers": Architecture(DINOv2Config.from_json, TruncatedDINOv2, our_names),
 }
 # Of the file and of no forward pass: what training masks patches with.
 _UNUSED = {"embeddings.mask_token"}
@@ -123,14 +128,18 @@ def load_trunk(folder: Path, hook: str, *, image_size: tuple[int, int] | None = 
         whole = architecture.trunk(config, "norm", mean=mean, std=std, image_size=(side, side))
     known = set(whole.state_dict()) | _UNUSED
     # transformers' files name blocks `layer.N`, or `model.layer.N` where they were written from memory; stages likewise.
-    held = {name: name.removeprefix("model.") for name in tensor_names(folder / WEIGHTS)}
+    held = {name: architecture.names(name.removeprefix("model.")) for name in tensor_names(folder / WEIGHTS)}
     wanted = set(trunk.state_dict())
-    found = read_tensors(folder / WEIGHTS, [name for name, plain in held.items() if plain in wanted])
+    found = read_tensors(folder / WEIGHTS, [name for name, plain in held.items() if wanted & set(plain)])
     assign_weights(
         trunk,
-        {held[name]: tensor for name, tensor in found.items()},
+        {
+            plain: part
+            for name, tensor in found.items()
+            for plain, part in zip(held[name], tensor.chunk(len(held[name])), strict=True)
+        },
         folder / WEIGHTS,
-        extra=tuple(name for name, plain in held.items() if plain not in known),
+        extra=tuple(name for name, plain in held.items() if not known & set(plain)),
     )
     return trunk.eval().requires_grad_(False)
 

@@ -113,7 +113,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k' / sqrt(head_width)) v, RoPE on the patch tokens of q and k."""
+    """softmax(q k' / sqrt(head_width)) v, RoPE on the patch tokens of q and k where there are tables for it."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -128,12 +128,16 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [b, heads, tokens, head_width]
 
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        if cos is None or sin is None:
+            return x
         prefix = x.shape[2] - cos.shape[0]
         patches = x[:, :, prefix:]
         return torch.cat((x[:, :, :prefix], patches * cos + rotate_half(patches) * sin), dim=2)
 
-    def forward(self, h: Float[Tensor, "batch tokens d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "batch tokens d"]:
+    def forward(
+        self, h: Float[Tensor, "batch tokens d"], cos: Tensor | None, sin: Tensor | None
+    ) -> Float[Tensor, "batch tokens d"]:
         q = self._rotate(self._heads(self.q_proj(h)), cos, sin)
         k = self._rotate(self._heads(self.k_proj(h)), cos, sin)
         v = self._heads(self.v_proj(h))
@@ -181,6 +185,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.layer_scale2 = LayerScale(d)
 
-    def forward(self, h: Float[Tensor, "batch tokens d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "batch tokens d"]:
+    def forward(
+        self, h: Float[Tensor, "batch tokens d"], cos: Tensor | None, sin: Tensor | None
+    ) -> Float[Tensor, "batch tokens d"]:
         h = self.layer_scale1(self.attention(self.norm1(h), cos, sin)) + h
         return self.layer_scale2(self.mlp(self.norm2(h))) + h

@@ -45,12 +45,13 @@ class _TanhGELU(nn.Module):
 class DiT(nn.Module):
     """network(x, t) -> (prediction,): `transformer`'s own numbers for the null class.
 
-    Takes the transformer over and changes it; its weights are there already.
+    Takes the transformer over and changes it; its weights are there already. time_embedding_shift: diffusers' 1, or 0 for weights
+    that were trained with the original's embedding (engine/convert/dit.py).
     """
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, *, time_embedding_shift: float = 1.0) -> None:
         super().__init__()
-        self.time_proj = TimeEmbedding(_TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=1.0)
+        self.time_proj = TimeEmbedding(_TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=time_embedding_shift)
         self.patch_size: int = transformer.config.patch_size
         self.channels: int = transformer.out_channels
         self.places = nn.Buffer(_places(transformer), persistent=False)
@@ -87,9 +88,13 @@ class DiT(nn.Module):
 
 def _places(transformer: Any) -> Float[Tensor, "1 patches width"]:
     """The sine and cosine table of places, as diffusers makes it when it builds the model on the CPU."""
+    return get_places(transformer.inner_dim, transformer.config.sample_size // transformer.config.patch_size)
+
+
+def get_places(width: int, side: int) -> Float[Tensor, "1 patches width"]:
+    """Of a square of side * side patches."""
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
-    side: int = transformer.config.sample_size // transformer.config.patch_size
     with torch.device("cpu"):
-        table: Any = get_2d_sincos_pos_embed(transformer.inner_dim, side, base_size=side, output_type="pt")
+        table: Any = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt")
     return table.float()[None]

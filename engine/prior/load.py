@@ -107,9 +107,17 @@ def load_dit(folder: Path, config: Mapping[str, Any], shape: tuple[int, ...]) ->
         raise BundleError(
             f"{folder / CONFIG}: sample_size is {side!r}, but samples of the bundle are {list(shape[1:])}"
         )
-    transformer: Any = _built(DiTTransformer2DModel, folder, config)
+    ours = {"time_embedding_shift"}
+    transformer: Any = _built(
+        DiTTransformer2DModel, folder, {name: value for name, value in config.items() if name not in ours}
+    )
     assign_weights(transformer, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
-    network = DiT(transformer)
+    shift = config.get("time_embedding_shift", 1)
+    if shift not in (0, 1):
+        raise BundleError(
+            f"{folder / CONFIG}: time_embedding_shift is {shift!r}; allowed: 1 (diffusers'), 0 (the original's)"
+        )
+    network = DiT(transformer, time_embedding_shift=float(shift))
     replace_modules(network)
     return network
 

@@ -95,7 +95,9 @@ def _flow(config: Mapping[str, Any], path: Path) -> NoiseProcess:
     # Shifted for the resolution only when sampling starts: its own levels are then the plain ones.
     if not config.get("use_dynamic_shifting"):
         s = shift * s / (1 + (shift - 1) * s)
-    return NoiseProcess(levels=s / np.hypot(1 - s, s), prediction="flow", variance_type=None, time_scale=float(num))
+    # What the network is told at pure noise: diffusers' networks the number of levels, others (SiT) 1.
+    scale = _number(config, path, "time_scale", float(num))
+    return NoiseProcess(levels=s / np.hypot(1 - s, s), prediction="flow", variance_type=None, time_scale=scale)
 
 
 def _edm(config: Mapping[str, Any], path: Path) -> NoiseProcess:

@@ -78,7 +78,7 @@ def test_a_hundred_thousand_pictures_stay_under_two_gigabytes(tmp_path):
     stored = pq.read_table(tmp_path / "pool/activations-00001.parquet")
     assert stored.num_rows == NUM
     names = pq.read_table(tmp_path / "features.parquet").column("name").to_pylist()
-    # A projection that weighs one channel is about that channel's colour, and nothing else has a name.
+    # A projection fires on the channel it weighs most: the colours are the only words there are to be found.
     assert set(names) <= {None, *colours}
     assert told["named"] > 0
 

@@ -1,0 +1,1 @@
+"""Checkpoints as their authors publish them, into the folders that load here: what `tiltscope convert` does."""
