@@ -131,7 +131,7 @@ class Block:
             v = [flush(each) for each in v]
         if name == "setp":
             made = function(v[0], v[1])
-            if kind[0] != "f" or mods[0] == "nan":
+            if kind[0] != "f" or mods[0] in ("nan", "num"):
                 return made
             unordered = np.isnan(v[0]) | np.isnan(v[1])
             return made | unordered if mods[0][2:] == "u" else made & ~unordered

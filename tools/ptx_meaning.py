@@ -139,6 +139,7 @@ _COMPARE: dict[str, Callable[[Values, Values], Values]] = {
     "gt": np.greater,
     "ge": np.greater_equal,
     "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
 }
 REDUCTIONS: dict[str, Callable[..., Values]] = {"max": np.fmax, "min": np.fmin, "add": np.add}
 CONTROL = {"ld", "st", "atom", "bra", "ret", "bar", "shfl", "redux", "ldmatrix", "stmatrix", "mov", "cvta"}
@@ -169,8 +170,8 @@ def meaning_of(each: Instruction) -> Meaning:
         return kind, _permute
     elif name in ("shl", "shr") and kind in DTYPES and not rest:
         return kind, lambda a, by: _shift(a, by, left=name == "shl")
-    elif name == "setp" and mods[0] == "nan" and kind in ("f32", "f64") and len(mods) == 2:
-        return kind, _COMPARE["nan"]
+    elif name == "setp" and mods[0] in ("nan", "num") and kind in ("f32", "f64") and len(mods) == 2:
+        return kind, _COMPARE[mods[0]]
     elif name == "setp" and kind in DTYPES and len(mods) <= 3 and mods[0][:2] in _COMPARE and mods[0][2:] in ("", "u"):
         return kind, _COMPARE[mods[0][:2]]
     elif name == "cvt" and _CONVERSION.fullmatch(".".join(mods)):

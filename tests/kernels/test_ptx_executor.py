@@ -111,6 +111,8 @@ A, B = ((T * number % 2**32).astype(np.uint32) for number in (2654435769, 101390
         ("mov.b32 %r6, 0f7FC00000;\n setp.le.f32 %p1, %r6, %r6;\n selp.b32 %r5, 1, 0, %p1;", T * 0),
         ("mov.b32 %r6, 0f7FC00000;\n setp.leu.f32 %p1, %r6, %r6;\n selp.b32 %r5, 1, 0, %p1;", T * 0 + 1),
         ("setp.nan.f32 %p1, 0f7FC00000, 0f3F800000;\n selp.b32 %r5, 1, 0, %p1;", T * 0 + 1),
+        ("setp.num.f32 %p1, 0f3F800000, 0f3F800000;\n selp.b32 %r5, 1, 0, %p1;", T * 0 + 1),
+        ("setp.num.f32 %p1, 0f7FC00000, 0f3F800000;\n selp.b32 %r5, 1, 0, %p1;", T * 0),
         ("setp.nan.f32 %p1, 0f3F800000, 0f3F800000;\n selp.b32 %r5, 1, 0, %p1;", T * 0),
         ("shfl.sync.bfly.b32 %r5, %r1, 5, 31, -1;", T ^ 5),
         ("shfl.sync.up.b32 %r5, %r1, 4, 0, -1;", np.where(T % 32 < 4, T, T - 4)),
