@@ -3,8 +3,8 @@ definition itself, line by line; and what the definition moves: operations dispa
 the fused kernel's.
 
 The gate comes first: an implementation that is not the definition (native: bit for bit), or a sample that its batch mates change,
-is not timed. All are timed in turns in one process, so that a drifting machine moves all. Exits 1 where the aim is missed: native 3
-times faster at every size, compiled for eight pictures, and 5 times fewer bytes.
+is not timed. All are timed in turns in one process, so that a drifting machine moves all. Exits 1 where the aim is missed:
+native 3 times faster at every size, compiled for eight pictures, and 5 times fewer bytes.
 Appends a line to results/guided_step.jsonl.
 
     python benchmarks/guided_step.py        one thread; a few minutes, most of them compiling
