@@ -13,6 +13,7 @@ CPU). On a device a row past its plan reads no memory outside the table, and its
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from tiltscope.kernels import reference
 from tiltscope.kernels.errors import ConfigError
@@ -93,8 +94,10 @@ def guided_step(
             order = "channels last, as x" if last else "C order (contiguous) or, all four tensors alike, channels last"
             got = f"strides {each.stride()}"
             require(is_dense(each, channels_last=last), name, got, f"a sample dense in {order}: call .contiguous()")
+    # The op is for whoever watches; around a step of tens of microseconds it takes as long again.
+    run = torch.ops.tiltscope.guided_step if _watched(x) else _run_guided_step
     return GuidedStep(
-        *torch.ops.tiltscope.guided_step(
+        *run(
             x,
             x0_hat,
             grad_a,
@@ -155,18 +158,22 @@ def _check_guided_step(
 def _check_rows(table: Tensor, num_rows: Tensor, plan: Tensor, row: Tensor) -> None:
     """On the CPU, where looking costs nothing."""
     num_plans, longest = table.shape[:2]
-    if bool(((num_rows < 1) | (num_rows > longest)).any()):
-        raise ConfigError(f"num_rows: got {num_rows.tolist()}, allowed are 1 to {longest}, the rows of table")
-    if bool(((plan < 0) | (plan >= num_plans)).any()):
-        raise ConfigError(f"plan: got {plan.tolist()}, allowed are 0 to {num_plans - 1}, the plans of table")
-    if bool(((row < 0) | (row > num_rows[plan])).any()):
-        raise ConfigError(
-            f"row: got {row.tolist()}, allowed are 0 to {num_rows[plan].tolist()}, which is a slot that has done its plan"
-        )
+    lengths, plans, rows = num_rows.tolist(), plan.tolist(), row.tolist()
+    if not all(1 <= length <= longest for length in lengths):
+        raise ConfigError(f"num_rows: got {lengths}, allowed are 1 to {longest}, the rows of table")
+    if not all(0 <= each < num_plans for each in plans):
+        raise ConfigError(f"plan: got {plans}, allowed are 0 to {num_plans - 1}, the plans of table")
+    ends = [lengths[each] for each in plans]
+    if not all(0 <= each <= end for each, end in zip(rows, ends, strict=True)):
+        raise ConfigError(f"row: got {rows}, allowed are 0 to {ends}, which is a slot that has done its plan")
 
 
-@torch.library.custom_op("tiltscope::guided_step", mutates_args=())
-def _guided_step(
+def _watched(x: Tensor) -> bool:
+    """Whether a tracer, a mode or autograd must see the op as one."""
+    return torch.compiler.is_compiling() or x.requires_grad or type(x) is not Tensor or is_in_torch_dispatch_mode()
+
+
+def _run_guided_step(
     x: Tensor,
     x0_hat: Tensor,
     grad_a: Tensor,
@@ -210,6 +217,9 @@ def _guided_step(
 def _laid_out(made: Tensor, like: Tensor) -> Tensor:
     """`made` in the memory layout of `like`; itself where it is so already."""
     return made if made.stride() == like.stride() else torch.empty_like(like).copy_(made)
+
+
+_guided_step = torch.library.custom_op("tiltscope::guided_step", _run_guided_step, mutates_args=())
 
 
 @_guided_step.register_fake

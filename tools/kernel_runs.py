@@ -11,7 +11,7 @@ from ptx_executor import Kernel, Seen, launch
 from readout_cases import ReadoutCase
 from torch import Tensor
 
-from tiltscope.kernels.reference import GuidedStep
+from tiltscope.kernels.reference import GuidedStep, Resampled
 
 # Where the arguments of the guided step's kernel stand.
 X, X0_HAT, GRAD_A, HISTORY = range(4)
@@ -87,3 +87,16 @@ def run_readout(
     activation, drive = (case.weight[..., None] * torch.from_numpy(pooled)).sum(1).unbind(1)
     cotangent = torch.from_numpy(out)
     return activation, drive, cotangent.view(bar.dtype), forward, backward
+
+
+def run_resample(
+    variant: Variant, target: int, log_weight: Tensor, u: Tensor, *, change: Callable[[str], str] = str
+) -> tuple[Resampled, Seen]:
+    """One launch of the compiled kernel, every output poisoned before; threshold: the variant's. change: of the PTX."""
+    made = compile_for(variant, target)
+    groups, num = log_weight.shape
+    log_mean = torch.full((groups,), torch.nan, dtype=log_weight.dtype)
+    outputs: list[Any] = [np.full((groups, num), -7, np.int64), as_memory(log_mean), np.zeros(groups, bool)]
+    memory = [as_memory(log_weight), as_memory(u), *outputs, num]
+    seen = launch(Kernel(change(made.asm["ptx"])), groups, memory, made.metadata.shared)
+    return Resampled(*map(torch.from_numpy, outputs)), seen

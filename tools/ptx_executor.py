@@ -1,251 +1,38 @@
 """PTX, as Triton compiled it, run on a CPU with numpy: what ptxas would be given is itself executed and checked.
 
 All threads of a block run in lock step, a numpy array a register; threads that diverge wait at the higher program counter and
-join again there. Blocks run one after another. An instruction or modifier outside the tables below is refused when the kernel is
-loaded. Memory is checked as ptx_memory.py says; a barrier or a shuffle that not every thread reaches is refused, and so is a
-register read before it is written (one that is written nowhere is the unused half of a packed pair, and holds NaN).
+join again there. Blocks run one after another. An instruction or modifier that ptx_meaning.py does not know is refused when the
+kernel is loaded. Memory is checked as ptx_memory.py says; a barrier or a shuffle that not every thread reaches is refused, and
+so is a register read before it is written (one that is written nowhere is the unused half of a packed pair, and holds NaN).
 
-Not modelled: warp scheduling, what ptxas does afterwards, and the error of approximate instructions, which are computed in
-float64 and rounded once; `approximation` multiplies their results by 1 +- that much instead. fma rounds its exact product's sum
-twice, which is one unit in the last place, rarely. Source: PTX ISA, NVIDIA.
+Not modelled: warp scheduling, what ptxas does afterwards, and the error of approximate instructions; `approximation` multiplies
+their results by 1 +- that much instead. The text is read by ptx_code.py, what instructions mean is in ptx_meaning.py.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from ptx_memory import SHARED, BlockMemory, Buffer, Memory, PTXError
-
-Values = NDArray[Any]
-_POISON = 0x7FC0DEAD  # a NaN
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-DTYPES: dict[str, Any] = {"pred": np.bool_, "f16": np.float16, "f32": np.float32, "f64": np.float64}
-for _bits in (8, 16, 32, 64):
-    DTYPES |= {
-        f"b{_bits}": _UNSIGNED[_bits // 8],
-        f"u{_bits}": _UNSIGNED[_bits // 8],
-        f"s{_bits}": np.dtype(f"i{_bits // 8}").type,
-    }
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line: `op` is the name and its modifiers, `args` the operands as written."""
-
-    text: str
-    guard: str | None
-    negated: bool
-    op: tuple[str, ...]
-    args: tuple[str, ...]
-
-
-_LINE = re.compile(r"(?:@(!?)(%p\d+)\s+)?([a-z][\w.]*)(?:\s+(.*?))?;")
-_ARGUMENT = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
-
-
-class Kernel:
-    """PTX text, parsed; every instruction known, or PTXError."""
-
-    def __init__(self, ptx: str) -> None:
-        self.threads = int(_find(r"\.reqntid (\d+)", ptx))
-        self.params = re.findall(r"\.param \.\w+ (?:\.ptr[^\n]*? )?(\w+_param_\d+)", ptx)
-        body = re.search(r"\n\{(.*?)\n\}", ptx[ptx.index(".reqntid") :], re.S)
-        if body is None:
-            raise PTXError("no body found")
-        self.widths = {name: int(bits) // 8 for bits, name in re.findall(r"\.reg \.b(\d+)\s+%([a-z]+)<", body[1])}
-        self.code: list[Instruction] = []
-        self.labels: dict[str, int] = {}
-        for line in body[1].splitlines():
-            self._read(re.sub(r"//.*", "", line).strip())
-        self.assigned = {
-            name
-            for each in self.code
-            for name in re.findall(r"%\w+", each.args[0] if each.args else "")
-            if each.op[0] not in ("st", "bra", "bar", "ret")
-        }
-
-    def _read(self, line: str) -> None:
-        if line.endswith(":"):
-            self.labels[line[:-1]] = len(self.code)
-            return
-        if not line or line[0] in ".{}":
-            return
-        found = _LINE.fullmatch(line)
-        if found is None:
-            raise PTXError(f"not understood: {line}")
-        negated, guard, op, rest = found.groups()
-        each = Instruction(line, guard, negated == "!", tuple(op.split(".")), tuple(_ARGUMENT.findall(rest or "")))
-        if each.op[0] not in _CONTROL:
-            _meaning(each)
-        self.code.append(each)
-
-
-def _find(pattern: str, text: str) -> str:
-    found = re.search(pattern, text)
-    if found is None:
-        raise PTXError(f"{pattern} not found")
-    return found[1]
-
-
-# -- what an instruction without side effects means: functions of typed operands ------------------------------------------
-
-
-def _flush(v: Values) -> Values:
-    return np.where(np.abs(v) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), v), v).astype(np.float32)
-
-
-def _exact(function: Callable[..., Values]) -> Callable[..., Values]:
-    """In float64, rounded once to the operands' type."""
-    return lambda *v: function(*(each.astype(np.float64) for each in v)).astype(v[0].dtype)
-
-
-def _integer_divide(a: Values, b: Values) -> Values:
-    quotient = np.abs(a.astype(np.int64)) // np.abs(np.where(b == 0, 1, b).astype(np.int64))
-    return (quotient * np.sign(a) * np.sign(b)).astype(a.dtype)
-
-
-def _shift(a: Values, by: Values, *, left: bool) -> Values:
-    bits = a.itemsize * 8
-    beyond = by.astype(np.uint64) >= bits  # PTX clamps the count
-    near = np.minimum(by.astype(np.uint64), bits - 1).astype(a.dtype)
-    if left:
-        return np.where(beyond, np.zeros_like(a), a << near)
-    return np.where(beyond & (a.dtype.kind == "u"), np.zeros_like(a), a >> near)
-
-
-def _extract(a: Values, start: Values, length: Values) -> Values:
-    """bfe: `length` bits from `start`, extended by sign where the type has one; fields that lie inside the word."""
-    bits = a.itemsize * 8
-    if ((start + length > bits) | (length == 0)).any():
-        raise PTXError("bfe of a field that leaves the word")
-    up = (bits - start - length).astype(a.dtype)
-    return (a << up) >> (bits - length).astype(a.dtype)
-
-
-def _high(a: Values, b: Values) -> Values:
-    wide = np.int64 if a.dtype.kind == "i" else np.uint64
-    return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
-
-
-def _logic3(a: Values, b: Values, c: Values, table: Values) -> Values:
-    made = np.zeros_like(a)
-    for place in range(8):
-        if int(table[0]) >> place & 1:
-            made |= (a if place & 4 else ~a) & (b if place & 2 else ~b) & (c if place & 1 else ~c)
-    return made
-
-
-def _permute(a: Values, b: Values, choice: Values) -> Values:
-    """prmt: each byte is one of the eight of (a, b), told by four bits of `choice`, or its sign eight times over."""
-    pool = np.stack(
-        [each.astype(np.uint32) >> np.uint32(8 * at) & np.uint32(255) for each in (a, b) for at in range(4)]
-    )
-    made = np.zeros_like(a, dtype=np.uint32)
-    for at in range(4):
-        nibble = choice >> np.uint32(4 * at) & np.uint32(15)
-        byte = np.take_along_axis(pool, (nibble & np.uint32(7)).astype(np.int64)[None], 0)[0]
-        byte = np.where(nibble >= 8, np.where(byte >= 128, np.uint32(255), np.uint32(0)), byte)
-        made |= byte << np.uint32(8 * at)
-    return made
-
-
-_FMA = _exact(lambda a, b, c: a * b + c)
-_ARITHMETIC: dict[str, Callable[..., Values]] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-_FLOAT: dict[str, Callable[..., Values]] = {
-    **_ARITHMETIC,
-    "fma": _FMA,
-    "max": lambda *v: reduce(np.fmax, v),  # of two, or of three from sm_100 on
-    "min": lambda *v: reduce(np.fmin, v),
-    "abs": np.abs,
-    "neg": np.negative,
-    "div": _exact(np.divide),
-    "sqrt": _exact(np.sqrt),
-    "rsqrt": _exact(lambda v: 1 / np.sqrt(v)),
-    "rcp": _exact(lambda v: 1 / v),
-    "ex2": _exact(np.exp2),
-    "lg2": _exact(np.log2),
-}
-_APPROXIMATE = ("sqrt", "rsqrt", "rcp", "ex2", "lg2", "div")
-_INTEGER: dict[str, Callable[..., Values]] = {
-    "add": np.add,
-    "sub": np.subtract,
-    "max": np.maximum,
-    "min": np.minimum,
-    "neg": np.negative,
-    "abs": np.abs,
-    "div": _integer_divide,
-    "rem": lambda a, b: a - _integer_divide(a, b) * b,
-    "bfe": _extract,
-}
-_BITS: dict[str, Callable[..., Values]] = {
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-    "not": np.invert,
-    "lop3": _logic3,
-}
-_COMPARE: dict[str, Callable[[Values, Values], Values]] = {
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-}
-_REDUCTIONS: dict[str, Callable[..., Values]] = {"max": np.fmax, "min": np.fmin, "add": np.add}
-_CONTROL = {"ld", "st", "atom", "bra", "ret", "bar", "shfl", "redux", "ldmatrix", "stmatrix", "mov", "cvta"}
-_INT_TYPES = {name for name in DTYPES if name[0] in "us"}
-_BIT_TYPES = {name for name in DTYPES if name[0] == "b"} | {"pred"}
-Meaning = tuple[str, Callable[..., Values]]  # the operands' type, and the function of them
-
-
-def _meaning(each: Instruction) -> Meaning:
-    """Raises PTXError for what is not in the tables."""
-    name, *mods = each.op
-    kind = mods[-1] if mods else ""
-    rest = set(mods[:-1])
-    if name in _FLOAT and kind in ("f32", "f64", "f32x2"):
-        if rest <= {"rn", "approx", "full", "ftz"} and (
-            ("approx" not in rest and "full" not in rest) or name in _APPROXIMATE
-        ):
-            return kind, _FLOAT[name]
-    elif name in _INTEGER and kind in _INT_TYPES and not rest:
-        return kind, _INTEGER[name]
-    elif name in ("mul", "mad") and kind in _INT_TYPES and len(rest) == 1:
-        product = {"lo": np.multiply, "hi": _high, "wide": None}.get(next(iter(rest)), 0)
-        if product != 0 and not (product is _high and kind[1:] != "32"):
-            return kind, product or np.multiply
-    elif (name in _BITS and kind in _BIT_TYPES and not rest) or (name == "selp" and kind in DTYPES and not rest):
-        return kind, _BITS.get(name, np.where)
-    elif name == "prmt" and mods == ["b32"]:
-        return kind, _permute
-    elif name in ("shl", "shr") and kind in DTYPES and not rest:
-        return kind, lambda a, by: _shift(a, by, left=name == "shl")
-    elif name == "setp" and kind in DTYPES and len(mods) <= 3 and mods[0][:2] in _COMPARE and mods[0][2:] in ("", "u"):
-        return kind, _COMPARE[mods[0][:2]]
-    elif name == "cvt" and _CONVERSION.fullmatch(".".join(mods)):
-        return kind, np.asarray
-    raise PTXError(f"unknown instruction: {each.text}")
-
-
-_CONVERSION = re.compile(
-    r"(?:(?:rn|rzi|rmi|rpi|rni)\.)?(?:ftz\.)?(?:[us](?:8|16|32|64)|f16|f32|f64)\.(?:[us](?:8|16|32|64)|f16|f32|f64|bf16)"
-    r"|rn\.bf16(?:x2)?\.f32|rn\.f16x2\.f32"
+from ptx_code import Kernel as Kernel
+from ptx_meaning import (
+    APPROXIMATE,
+    DTYPES,
+    INT_TYPES,
+    POISON,
+    REDUCTIONS,
+    UNSIGNED,
+    WHOLE,
+    Instruction,
+    Values,
+    flush,
+    meaning_of,
+    round_to_bfloat16,
 )
-_WHOLE: dict[str, Callable[[Values], Values]] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+from ptx_memory import SHARED, BlockMemory, Buffer, Memory
+from ptx_memory import PTXError as PTXError
 
-
-def _round_to_bfloat16(v: Values) -> Values:
-    bits = v.view(np.uint32).astype(np.uint64)
-    nearest = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
-    return np.where((bits & np.uint64(0x7FFFFFFF)) > 0x7F800000, 0x7FFF, nearest).astype(np.uint16)
-
-
-# -- one block ---------------------------------------------------------------------------------------------------------------
+_LAST = {"bfly": "31", "up": "0", "idx": "31"}  # the lane at which a whole warp's shuffle ends
 
 
 class Block:
@@ -277,16 +64,16 @@ class Block:
             if operand not in self._registers:
                 if operand in self._kernel.assigned:
                     raise PTXError(f"register {operand} is read before it is written")
-                return np.full(n, _POISON, np.uint32).astype(_UNSIGNED[dtype.itemsize]).view(dtype)
+                return np.full(n, POISON, np.uint32).astype(UNSIGNED[dtype.itemsize]).view(dtype)
             held = self._registers[operand]
             if kind == "pred":
                 return held
-            return held.astype(_UNSIGNED[dtype.itemsize]).view(dtype)
+            return held.astype(UNSIGNED[dtype.itemsize]).view(dtype)
         if operand == "global_smem":
             number = SHARED << 40
         elif operand.startswith(("0f", "0F")):
             number = int(operand[2:], 16)
-            return np.full(n, number, np.uint32).astype(_UNSIGNED[dtype.itemsize]).view(dtype)
+            return np.full(n, number, np.uint32).astype(UNSIGNED[dtype.itemsize]).view(dtype)
         elif operand.startswith(("0d", "0D")):
             return np.full(n, int(operand[2:], 16), np.uint64).view(dtype)
         else:
@@ -295,7 +82,7 @@ class Block:
             return np.full(n, number, dtype)
         if dtype.kind == "b":
             return np.full(n, bool(number))
-        return np.full(n, number % (1 << dtype.itemsize * 8), _UNSIGNED[dtype.itemsize]).view(dtype)
+        return np.full(n, number % (1 << dtype.itemsize * 8), UNSIGNED[dtype.itemsize]).view(dtype)
 
     def write(self, register: str, values: Values, active: Values) -> None:
         if register == "_":
@@ -305,9 +92,9 @@ class Block:
             width = self._kernel.widths[register[1:].rstrip("0123456789")]
             signed = values.dtype.kind == "i" and values.itemsize < width  # sign-extended to its register
             raw = (values.astype(f"i{width}") if signed else values).view(
-                _UNSIGNED[width if signed else values.itemsize]
+                UNSIGNED[width if signed else values.itemsize]
             )
-            raw = raw.astype(_UNSIGNED[width])
+            raw = raw.astype(UNSIGNED[width])
         held = self._registers.setdefault(register, np.zeros(self._size, raw.dtype))
         np.copyto(held, raw, where=active)
 
@@ -326,7 +113,7 @@ class Block:
 
     def compute(self, each: Instruction) -> Values:
         name, *mods = each.op
-        kind, function = _meaning(each)
+        kind, function = meaning_of(each)
         args = each.args[1:]
         if name == "cvt":
             return self._convert(mods, args)
@@ -340,15 +127,15 @@ class Block:
             halves = [self.read(each, "b64").view(np.float32).reshape(-1, 2) for each in args]
             return np.ascontiguousarray(function(*halves).astype(np.float32)).view(np.uint64).reshape(-1)
         v = [self.read(each, kind) for each in args[: 3 if name != "lop3" else 4]]
-        if "ftz" in mods:
-            v = [_flush(each) for each in v]
+        if "ftz" in mods and kind == "f32":
+            v = [flush(each) for each in v]
         if name == "setp":
             made = function(v[0], v[1])
-            if kind[0] != "f":
+            if kind[0] != "f" or mods[0] in ("nan", "num"):
                 return made
             unordered = np.isnan(v[0]) | np.isnan(v[1])
             return made | unordered if mods[0][2:] == "u" else made & ~unordered
-        if name in ("mul", "mad") and kind in _INT_TYPES:
+        if name in ("mul", "mad") and kind in INT_TYPES:
             if "wide" in mods:
                 double = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 4}")
                 made = v[0].astype(double) * v[1].astype(double)
@@ -356,10 +143,10 @@ class Block:
             made = function(v[0], v[1])
             return made + v[2] if name == "mad" else made
         made = function(*v)
-        if self._approximation and name in _APPROXIMATE and ("approx" in mods or "full" in mods):
+        if self._approximation and name in APPROXIMATE and ("approx" in mods or "full" in mods):
             sign = np.where(np.arange(self._size) % 2 == 0, 1, -1)
             made = (made.astype(np.float64) * (1 + sign * self._approximation)).astype(made.dtype)
-        return _flush(made) if "ftz" in mods and made.dtype == np.float32 else made
+        return flush(made) if "ftz" in mods and made.dtype == np.float32 else made
 
     def _convert(self, mods: list[str], args: Sequence[str]) -> Values:
         to, source = mods[-2:]
@@ -368,13 +155,13 @@ class Block:
         if to in ("bf16", "bf16x2", "f16x2"):
             parts = [self.read(each, "f32") for each in args]
             low = [
-                _round_to_bfloat16(each) if to != "f16x2" else each.astype(np.float16).view(np.uint16) for each in parts
+                round_to_bfloat16(each) if to != "f16x2" else each.astype(np.float16).view(np.uint16) for each in parts
             ]
             return low[0] if len(low) == 1 else (low[0].astype(np.uint32) << np.uint32(16)) | low[1]
         v = self.read(args[0], source)
         dtype = np.dtype(DTYPES[to])
-        if mods[0] in _WHOLE:
-            v = _WHOLE[mods[0]](v.astype(np.float64))
+        if mods[0] in WHOLE:
+            v = WHOLE[mods[0]](v.astype(np.float64))
         if v.dtype.kind == "f" and dtype.kind in "ui":
             v = np.clip(np.nan_to_num(v), np.iinfo(dtype).min, np.iinfo(dtype).max)
         return v.astype(dtype)
@@ -489,29 +276,39 @@ class Block:
             elif name == "atom":
                 self.atomic(each, active)
             elif name == "shfl":
-                _, order, how, *_ = each.op
-                if (order, how) != ("sync", "bfly") or each.args[-1] not in ("-1", "0xffffffff") or not active.all():
-                    raise PTXError(f"{each.text}: only whole-warp butterflies that every thread reaches")
-                self.write(
-                    each.args[0].split("|")[0], self.read(each.args[1], "b32")[np.arange(n) ^ int(each.args[2])], active
-                )
+                self.shuffle(each, active)
             elif name in ("ldmatrix", "stmatrix"):
                 self.matrix(each, active)
             elif name == "redux":
                 _, order, how, kind = each.op if len(each.op) == 4 else (*each.op[:2], "", "")
-                known = how in _REDUCTIONS and kind in ("s32", "u32", "f32") and not (how == "add" and kind == "f32")
+                known = how in REDUCTIONS and kind in ("s32", "u32", "f32") and not (how == "add" and kind == "f32")
                 if order != "sync" or not known:
                     raise PTXError(f"unknown instruction: {each.text}")
                 if not active.all():
                     raise PTXError(f"{each.text}: only whole-warp reductions that every thread reaches")
                 warps = self.read(each.args[1], kind).reshape(-1, 32)
-                self.write(each.args[0], np.repeat(_REDUCTIONS[how].reduce(warps, 1).astype(DTYPES[kind]), 32), active)
+                self.write(each.args[0], np.repeat(REDUCTIONS[how].reduce(warps, 1).astype(DTYPES[kind]), 32), active)
             elif name in ("mov", "cvta"):
                 self.move(each, active)
             else:
                 with np.errstate(all="ignore"):
                     self.write(each.args[0], self.compute(each), active)
         return reached
+
+    def shuffle(self, each: Instruction, active: Values) -> None:
+        """A register of another lane: lane ^ distance; `up`, lane - distance or its own where none is; `idx`, one by number."""
+        _, order, how, *_ = each.op
+        whole = each.args[-1] in ("-1", "0xffffffff") and active.all()
+        if order != "sync" or how not in ("bfly", "up", "idx") or each.args[3] != _LAST[how] or not whole:
+            raise PTXError(f"{each.text}: only whole-warp shuffles that every thread reaches")
+        thread, by = np.arange(self._size), self.read(each.args[2], "u32").astype(np.int64)
+        if how == "bfly":
+            source = thread ^ by
+        elif how == "up":
+            source = np.where(thread % 32 < by, thread, thread - by)
+        else:
+            source = thread // 32 * 32 + by % 32
+        self.write(each.args[0].split("|")[0], self.read(each.args[1], "b32")[source], active)
 
     def atomic(self, each: Instruction, active: Values) -> None:
         if each.op != ("atom", "global", "gpu", "acq_rel", "add", "u32"):
