@@ -309,6 +309,8 @@ def test_an_allowed_parity_failure_is_told_and_stamped_in_the_manifest(
         return (lambda given: [*engine(given)[:3], -engine(given)[3]]) if path.stem == "guided" else engine
 
     monkeypatch.setattr("tiltscope.export.onnx.onnx_exporter._open_again", negated)
+    # Which module it is takes a trace of its own (test_locate.py).
+    monkeypatch.setattr("tiltscope.export.onnx.OnnxExporter.locate", lambda *given: "the error enters in this test")
     words = ["sample", FEATURES[0], "--lam", "1", "--num", "1", "--steps", "2", "--runner", "onnx", "--quiet"]
     words += ["--bundle", str(tiny_bundle), "--out", str(tmp_path / "out")]
     assert run(words) != 0
@@ -319,6 +321,7 @@ def test_an_allowed_parity_failure_is_told_and_stamped_in_the_manifest(
     parity = json.loads((tmp_path / "out" / "manifest.json").read_text())["parity"]
     assert parity["errors"]["turn"] == pytest.approx(2)
     assert "grad_a" in parity["failure"]
+    assert "the error enters in this test" in parity["failure"]
 
 
 def test_what_cannot_be_exported_says_so(bundle, empty_home):
