@@ -25,13 +25,16 @@ from tiltscope.engine.prior.prior import CPU, Prior, check_denoise
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.runtime.auto import Choice, choose
 from tiltscope.engine.runtime.graphs import CudaGraphs
+<<<<<<< HEAD
 from tiltscope.engine.runtime.runners import AUTO, Gated, step_for
 from tiltscope.engine.runtime.step import ListeningStep
 
 
+=======
+>>>>>>> d90d2e9 (Peers measured: one busy run)
 from tiltscope.engine.runtime.memory import ChunkedStep, MemoryPlan, available_mib, plan_memory
 from tiltscope.engine.runtime.runners import AUTO, REFERENCE, Gated, step_for
->>>>>>> 64d8da3 (Memory of a guided row foreseen on the meta device; a bucket that does not fit is refused with numbers; its gradient in chunks)
+from tiltscope.engine.runtime.step import ListeningStep
 from tiltscope.engine.sampler.lifts import LIFTS, Lift
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.sampler.particles import proposal_plan, settle
