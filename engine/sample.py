@@ -25,13 +25,6 @@ from tiltscope.engine.prior.prior import CPU, Prior, check_denoise
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.runtime.auto import Choice, choose
 from tiltscope.engine.runtime.graphs import CudaGraphs
-<<<<<<< HEAD
-from tiltscope.engine.runtime.runners import AUTO, Gated, step_for
-from tiltscope.engine.runtime.step import ListeningStep
-
-
-=======
->>>>>>> d90d2e9 (Peers measured: one busy run)
 from tiltscope.engine.runtime.memory import ChunkedStep, MemoryPlan, available_mib, plan_memory
 from tiltscope.engine.runtime.runners import AUTO, REFERENCE, Gated, step_for
 from tiltscope.engine.runtime.step import ListeningStep
@@ -469,7 +462,6 @@ def device_and_kernels(config: SampleConfig) -> tuple[torch.device, Implementati
     return device, cast(Implementation, config.kernels)
 
 
-<<<<<<< HEAD
 def _same_bits_sooner(device: torch.device) -> Implementation:
     """ "native" where this machine has it, else "reference": the same bits, so only the time depends on a compiler."""
     if device.type != "cpu":
@@ -480,7 +472,8 @@ def _same_bits_sooner(device: torch.device) -> Implementation:
         logger.info("kernels auto: reference, because %s", error)
         return "reference"
     return "native"
-=======
+
+
 def _memory_plan(prior: Prior, feature: Feature, config: SampleConfig, gated: Gated) -> MemoryPlan | None:
     """Raises RunnerError, with numbers, for a bucket whose gradient would not fit."""
     if config.device != "cpu" or gated.step.name != REFERENCE or prior.network is None or feature.trunk is None:
