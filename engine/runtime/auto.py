@@ -26,7 +26,7 @@ from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.report.atomic import write_bytes
 from tiltscope.engine.runtime.artefact import artefact_key, cached
 from tiltscope.engine.runtime.cache import cache_folder
-from tiltscope.engine.runtime.compiled_step import cpu_features
+from tiltscope.engine.runtime.cpu import cpu_features
 from tiltscope.engine.runtime.runners import REFERENCE, Exporter, Gated, exporter, key_facts, registered, step_for
 from tiltscope.engine.sampler.noise import STREAM_START, normal
 from tiltscope.kernels.implementation import Implementation
