@@ -26,9 +26,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -40,7 +41,7 @@ from tiltscope.engine.bench.plain import PlainStep
 from tiltscope.engine.bench.timing import interleave
 from tiltscope.engine.config import ExplainConfig, SampleConfig
 from tiltscope.engine.explain import inquire
-from tiltscope.engine.sample import Run, prepare
+from tiltscope.engine.sample import Progress, Run, prepare
 from tiltscope.engine.sampler.noise import STREAM_START, STREAM_STEP, seed_key
 from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.engine.samples import join
@@ -149,9 +150,13 @@ class _DeepinvDenoiser(nn.Module):
 
 def deepinv_way(step: PlainStep, target: float, steps: int, shape: tuple[int, ...]) -> Way:
     """deepinv.sampling.DPS with its own defaults but the number of steps and the weight."""
-    import deepinv
+    deepinv: Any = import_module("deepinv")  # in its own environment alone
 
-    physics = deepinv.physics.Physics(A=lambda x0, **_: step.measure(2 * x0 - 1)[1][:, None])
+    def forward(x0: Tensor, **kwargs: Any) -> Tensor:
+        del kwargs
+        return step.measure(2 * x0 - 1)[1][:, None]
+
+    physics = deepinv.physics.Physics(A=forward)
 
     def draw(strength: float, num: int) -> Tensor:
         sampler = deepinv.sampling.DPS(
@@ -168,9 +173,12 @@ def deepinv_way(step: PlainStep, target: float, steps: int, shape: tuple[int, ..
 def published_way(run: Run, rows: int, start: float) -> Way:
     """The first `rows` of it: every row costs the same."""
 
+    def stop(told: Progress) -> Literal["stop"] | None:
+        return "stop" if told.row + 1 == rows else None
+
     def draw(strength: float, num: int) -> Tensor:
         asked = replace(run, lam=strength, config=replace(run.config, num=num, batch_size=num))
-        return join(asked.draw(on_step=lambda told: "stop" if told.row + 1 == rows else None)).x0
+        return join(asked.draw(on_step=stop)).x0
 
     cannot = "a scale in place of lambda; the batch's mean is capped, so no picture is redrawn alone"
     scale = PUBLISHED_ROWS / rows

@@ -37,7 +37,8 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def peers() -> Iterator[str]:
-    yield "## Whole pictures beside peers\n\nOne feature, one mean activation (within 5 % over the same seeds), the same networks."
+    yield "## Whole pictures beside peers"
+    yield "One feature, one mean activation (within 5 % over the same seeds), the same networks."
     for line in lines("peers"):
         base = line["ways"]["tiltscope"]
         rows: list[list[str]] = []
