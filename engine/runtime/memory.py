@@ -26,8 +26,8 @@ from tiltscope.engine.runtime.step import Pullback, Step, StepOutput, TorchStep
 
 META = torch.device("meta")
 MIB = 2**20
-# Of what is alive: operators' scratch and the allocator's slack. Taken over alive on emoji64: 1.42 at a bucket of 8, 1.7 at 1, where
-# it is 14 MiB (benchmarks/memory.py).
+# Of what is alive: operators' scratch and the allocator's slack. Taken over alive on emoji64: 1.42 at a bucket of 8, 1.7 at 1,
+# where it is 14 MiB (benchmarks/memory.py).
 WORKSPACE = 1.4
 # Of what the system has to give: the rest is for other processes, and for what was not foreseen.
 SHARE = 0.9
