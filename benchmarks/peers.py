@@ -26,9 +26,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -40,7 +41,7 @@ from tiltscope.engine.bench.plain import PlainStep
 from tiltscope.engine.bench.timing import interleave
 from tiltscope.engine.config import ExplainConfig, SampleConfig
 from tiltscope.engine.explain import inquire
-from tiltscope.engine.sample import Run, prepare
+from tiltscope.engine.sample import Progress, Run, prepare
 from tiltscope.engine.sampler.noise import STREAM_START, STREAM_STEP, seed_key
 from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.engine.samples import join
@@ -63,11 +64,15 @@ class Config:
     feature: str = "blocks.5:sae:1169"
     num: int = 8
     """pictures, drawn in one batch"""
+    steps: int = 25
+    """rows of this engine and of plain: the preset fast's, or what else is as natural"""
     runner: str = "auto"
     deepinv_steps: tuple[int, ...] = (10, 25)
     interval: tuple[float, float] = (0.0, 1.0)
     """where rows are guided, of the second line of this engine"""
     published_rows: int = 8
+    without: tuple[str, ...] = ()
+    """ways to leave out, by name"""
     turns: int = 3
     """of timing, for the batch and again for one picture"""
 
@@ -85,9 +90,14 @@ class Way:
 
 
 def own(run: Run, name: str, start: float) -> Way:
+    """This engine, in a bucket of just so many: a padded one would draw what nobody asked for."""
+    of_num = {run.config.bucket: run}
+
     def draw(strength: float, num: int) -> Tensor:
-        asked = replace(run, lam=strength, config=replace(run.config, num=num))
-        return join(asked.draw()).x0
+        if num not in of_num:
+            of_num[num] = prepare(run.prior, run.feature, replace(run.config, num=num, batch_size=num))
+        asked = of_num[num]
+        return join(replace(asked, lam=strength, config=replace(asked.config, num=num)).draw()).x0
 
     return Way(name=name, draw=draw, start=start, rows=run.plan.num_rows, cannot="")
 
@@ -140,9 +150,13 @@ class _DeepinvDenoiser(nn.Module):
 
 def deepinv_way(step: PlainStep, target: float, steps: int, shape: tuple[int, ...]) -> Way:
     """deepinv.sampling.DPS with its own defaults but the number of steps and the weight."""
-    import deepinv
+    deepinv: Any = import_module("deepinv")  # in its own environment alone
 
-    physics = deepinv.physics.Physics(A=lambda x0, **_: step.measure(2 * x0 - 1)[1][:, None])
+    def forward(x0: Tensor, **kwargs: Any) -> Tensor:
+        del kwargs
+        return step.measure(2 * x0 - 1)[1][:, None]
+
+    physics = deepinv.physics.Physics(A=forward)
 
     def draw(strength: float, num: int) -> Tensor:
         sampler = deepinv.sampling.DPS(
@@ -153,15 +167,18 @@ def deepinv_way(step: PlainStep, target: float, steps: int, shape: tuple[int, ..
         return 2 * x0.float().detach() - 1
 
     cannot = "no calibrated lambda, one feature a batch, nothing redrawn alone"
-    return Way(name=f"deepinv DPS, {steps} steps", draw=draw, start=3.0, rows=steps, cannot=cannot)
+    return Way(name=f"deepinv DPS, {steps} steps", draw=draw, start=4.0, rows=steps, cannot=cannot)
 
 
 def published_way(run: Run, rows: int, start: float) -> Way:
     """The first `rows` of it: every row costs the same."""
 
+    def stop(told: Progress) -> Literal["stop"] | None:
+        return "stop" if told.row + 1 == rows else None
+
     def draw(strength: float, num: int) -> Tensor:
         asked = replace(run, lam=strength, config=replace(run.config, num=num, batch_size=num))
-        return join(asked.draw(on_step=lambda told: "stop" if told.row + 1 == rows else None)).x0
+        return join(asked.draw(on_step=stop)).x0
 
     cannot = "a scale in place of lambda; the batch's mean is capped, so no picture is redrawn alone"
     scale = PUBLISHED_ROWS / rows
@@ -206,7 +223,9 @@ def main(config: Config) -> None:
     bundle = tiltscope.load("emoji64")
     feature, prior = bundle.feature(config.feature), bundle.prior
     target = inquire(bundle, config.feature, ExplainConfig()).target
-    settings = SampleConfig(num=config.num, lam=1.0, preset="fast", batch_size=config.num, runner=config.runner)
+    settings = SampleConfig(
+        num=config.num, lam=1.0, preset="fast", steps=config.steps, batch_size=config.num, runner=config.runner
+    )
     run = prepare(prior, feature, settings)
     thrifty = prepare(prior, feature, replace(settings, guidance_interval=config.interval))
     published = prepare(
@@ -223,11 +242,14 @@ def main(config: Config) -> None:
         published_way(published, config.published_rows, strength),
         actmax_way(feature, target, magnitude, prior.shape),
     ]
+    ways = [way for way in ways if way.name not in config.without]
     drawn: dict[str, Drawn] = {}
     for way in ways:
         if way.name != "published":
             print(way.name, flush=True)
-            drawn[way.name] = match(partial(_draw, way, config.num), activation_of(feature), target, way.start)
+            # plain draws the very pictures of the first way, at its strength.
+            start = drawn["tiltscope"].strength if way.name == "plain" else way.start
+            drawn[way.name] = match(partial(_draw, way, config.num), activation_of(feature), target, start)
     found = {way.name: described(bundle, way, drawn.get(way.name), of_ablation) for way in ways}
     for num in (config.num, 1):
         calls = {way.name: partial(way.draw, found[way.name]["strength"], num) for way in ways}
@@ -246,6 +268,7 @@ def main(config: Config) -> None:
         runner=run.config.runner,
         runner_choice=None if run.choice is None else run.choice.to_json(),
         interval=config.interval,
+        steps=config.steps,
         ways=found,
     )
     for name, each in found.items():

@@ -69,10 +69,11 @@ def test_a_chunked_gradient_is_the_gradient(bundle, chunk, dtype):
         x0_hat, pullback = step.linearise(x, sigma)
         return *step.guided(x, sigma, alpha, readout), x0_hat, pullback(v), *step.gradient(x, readout)
 
+    # In float32 a single sample's small convolutions go through another kernel (5e-6 on emoji64), and a thresholded activation
+    # near 0 is a difference of numbers that are not.
+    allowed, floor = (1e-6, 0.0) if dtype == torch.float64 else (1e-5 if chunk == 1 else 1e-6, 1.0)
     for got, wanted in zip(every(chunked), every(whole), strict=True):
-        # In float32 a thresholded activation near 0 is the difference of numbers that are not: held to 1e-6 of a drive's size.
-        scale = float(wanted.norm()) if dtype == torch.float64 or wanted.ndim > 1 else max(1.0, float(wanted.norm()))
-        assert float((got - wanted).norm()) <= 1e-6 * scale
+        assert float((got - wanted).norm()) <= allowed * max(float(wanted.norm()), floor if wanted.ndim == 1 else 0.0)
 
 
 def test_a_chunk_takes_the_memory_of_its_own_size(bundle):

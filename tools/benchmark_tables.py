@@ -1,0 +1,136 @@
+"""docs/benchmarks.md from benchmarks/results/*.jsonl: the last line of each benchmark, with the load it was measured under.
+
+python tools/benchmark_tables.py
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+HEAD = """# Benchmarks
+
+Written by `python tools/benchmark_tables.py` from `benchmarks/results/`; do not edit. Ways were timed in turn in one process, so
+a ratio says more than a time, and nothing says much under a high load. `load`: processes that wanted to run, on average, on the
+processors named; an idle machine has about as many as threads.
+"""
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    """A result file's lines, none where there is no file."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def measured(line: dict[str, Any], command: str) -> str:
+    machine = line["machine"]
+    return (
+        f"`{command}`, {line['time'][:10]}, torch {line['versions']['torch']}, {machine['processors']} processors "
+        f"({', '.join(machine['features']) or 'no AVX2'}), threads {machine['threads']}, load {machine['load']}."
+    )
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(each)} |" for each in (columns, ["---"] * len(columns), *rows))
+
+
+def peers() -> Iterator[str]:
+    yield "## Whole pictures beside peers"
+    yield "One feature, one mean activation (within 5 % over the same seeds), the same networks."
+    for line in lines("peers"):
+        base = line["ways"]["tiltscope"]
+        rows: list[list[str]] = []
+        for name, way in line["ways"].items():
+            cells = [name, str(way["rows"]), f"{way['strength']:.3g}"]
+            cells.append(f"{way['mean']:.2f} ± {way['se']:.2f}{'' if way['matched'] else ' (not matched)'}")
+            cells.append(f"{way['naturalness']:.2f} ± {way['naturalness_se'] or 0:.2f}")
+            for num in (line["num"], 1):
+                # Earlier lines drew one picture of this engine in a padded batch of eight: not a time of one picture.
+                padded = num == 1 and "steps" not in line
+                told = way[f"seconds_{num}"]["p50"]
+                beside = "" if padded else f" ({told / base[f'seconds_{num}']['p50']:.2f}x)"
+                cells.append("not measured" if padded and name.startswith("tiltscope") else f"{told:.2f}{beside}")
+            rows.append([*cells, way["cannot"] or "-"])
+        columns = [
+            "way",
+            "rows",
+            "strength",
+            "activation",
+            "naturalness",
+            f"s a picture, {line['num']} at once",
+            "one alone",
+            "cannot",
+        ]
+        yield measured(line, "benchmarks/peers.py") + f" Target {line['target']:.2f}; runner {line['runner']}."
+        yield table(columns, rows)
+    if not lines("peers"):
+        yield "not measured"
+    yield "x: times this engine's own time, guided in every row."
+
+
+def memory() -> Iterator[str]:
+    yield "## Memory of a guided row, foreseen and measured"
+    found = lines("memory")
+    if not found:
+        yield "not measured"
+        return
+    line = found[-1]
+    yield measured(line, "benchmarks/memory.py")
+    yield table(
+        [
+            "bucket",
+            "dtype",
+            "chunk",
+            "row foreseen, MiB",
+            "row",
+            "process foreseen, MiB",
+            "process",
+            "off",
+            "growth over 10 rows",
+        ],
+        [
+            [
+                str(each["bucket"]),
+                each["dtype"],
+                str(each["chunk"] or "-"),
+                *(
+                    f"{each[name]:.0f}"
+                    for name in ("row_foreseen_mib", "row_mib", "process_foreseen_mib", "process_mib")
+                ),
+                f"{each['process_foreseen_mib'] / each['process_mib'] - 1:+.1%}",
+                f"{each['growth_mib']:.1f}",
+            ]
+            for each in line["settings"]
+        ],
+    )
+
+
+def batching() -> Iterator[str]:
+    yield "## A mixed stream in one batch"
+    found = [line for line in lines("batching") if not line["stub"]]
+    if not found:
+        yield "not measured"
+        return
+    line = found[-1]
+    yield measured(line, "benchmarks/batching.py")
+    rate = line["sample_rows_a_second"]
+    yield table(["stream", "sample rows a second"], [[name, f"{value:.2f}"] for name, value in rate.items()])
+    yield (
+        f"Mixed over alike {line['mixed_over_alike']:.2f}; over one by one {line['mixed_over_one_by_one']:.2f}, of a gain by "
+        f"sharing of {line['batch_gain']:.2f}."
+    )
+    waited = line["latency_s"].items()
+    yield table(
+        ["load", "p50 s", "p95 s"], [[load, f"{each['p50']:.1f}", f"{each['p95']:.1f}"] for load, each in waited]
+    )
+
+
+def main() -> None:
+    parts = [HEAD.strip(), *peers(), *memory(), *batching()]
+    (ROOT / "docs" / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
