@@ -53,6 +53,7 @@ SAMPLE = {
     "graphs": "auto",
     "allow_parity_failure": False,
     "dtype": "float32",
+    "vjp_chunk": None,
     "on_step": None,
 }
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "pyarrow", "safetensors", "matplotlib", "PIL", "rich")

@@ -139,8 +139,8 @@ class ListeningStep(TorchStep):
         """One that computes as `step` does. Raises ConfigError where that keeps no second output, or its network has none."""
         if not isinstance(step, TorchStep):
             raise ConfigError(
-                f"runner: got {step.name} with solver ddpm_learned_range, and exported graphs do not hold the learned variance; "
-                "give runner torch, or solver ddpm"
+                f"solver: got ddpm_learned_range with {type(step).__name__} of runner {step.name}; exported graphs and chunks of "
+                "a gradient do not hold the learned variance: give runner torch without vjp_chunk, or solver ddpm"
             )
         if step.prior.network is None or not step.prior.network.learned_range:
             raise ConfigError(

@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ class Double:
     """An exporter with a step of a chosen kind."""
 
     dtypes, max_batch = ("float32",), 8
+    refused = MappingProxyType({})
 
     def __init__(self, name, kind, artefact="onnx"):
         self.name, self.kind, self.artefact = name, kind, artefact

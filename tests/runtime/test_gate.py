@@ -63,7 +63,7 @@ def test_the_reference_reproduces_itself(bundle, recorded):
 def test_a_wrong_output_is_refused_by_name(bundle, recorded, output, change):
     step = step_of(bundle, torch.float32)
     with pytest.raises(ParityError, match=output):
-        check_step(Wrong(step.prior, step.feature, "wrong", output, change), recorded, torch.float32)
+        check_step(Wrong(step.prior, step.feature, "wrong", output=output, change=change), recorded, torch.float32)
 
 
 def test_another_features_readout_is_seen(bundle, recorded):

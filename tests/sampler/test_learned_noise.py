@@ -189,6 +189,7 @@ def test_a_slot_whose_variance_is_no_number_fails_alone():
     ("settings", "words"),
     [
         ({"particles": 4}, "particles: solver ddpm_learned_range .*use ddpm"),
+        ({"vjp_chunk": 1, "batch_size": 2}, "chunks of a gradient do not hold the learned variance: give runner torch"),
         ({"recurrence": 2}, "recurrence: got 2 .*give recurrence 1"),
     ],
 )
