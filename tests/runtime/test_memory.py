@@ -93,6 +93,22 @@ def test_a_bucket_that_does_not_fit_is_refused_with_numbers_and_what_does(bundle
         plan_memory(bundle.prior, feature, torch.float32, bucket=8, chunk=None, available=1e-3)
 
 
+def test_the_same_question_is_answered_once(bundle, monkeypatch):
+    """For every feature of a hook; another batch, type or number of rows is another question."""
+    asked = []
+    real = memory._alive_mib
+    monkeypatch.setattr(memory, "_alive_mib", lambda *given, **more: asked.append(more) or real(*given, **more))
+    monkeypatch.setattr(memory, "_seen", type(memory._seen)())
+    prior, feature = bundle.prior, bundle.feature(ADDRESS)
+    first = row_mib(prior, feature, torch.float32, batch=2)
+    assert row_mib(prior, bundle.feature("blocks.1:sae:4"), torch.float32, batch=2) == first
+    assert len(asked) == 1
+    assert row_mib(prior, feature, torch.float32, batch=3) > first
+    assert row_mib(prior, feature, torch.float64, batch=2) > first
+    assert row_mib(prior, feature + bundle.feature("blocks.1:sae:4"), torch.float32, batch=2) >= first
+    assert len(asked) == 4
+
+
 def test_python_functions_cannot_be_foreseen():
     world = GaussianWorld(s=1.3, shape=(3, 4, 4))
     prior = tiltscope.Prior(lambda x, sigma: x, shape=world.shape, name="identity")
