@@ -24,6 +24,7 @@ from tiltscope.engine.bundling.hub import local_folder
 from tiltscope.engine.bundling.parts import Part, find_evaluator, find_prior, find_trunk, sae_section
 from tiltscope.engine.bundling.pictures import FolderPictures, Pictures, first_few
 from tiltscope.engine.bundling.pool import PoolFacts, write_features, write_pool
+from tiltscope.engine.bundling.settings import BundleSettings
 from tiltscope.engine.bundling.shards import Shards, read_shards
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.decoded import DecodedTrunk
@@ -49,37 +50,6 @@ class Tracker(Protocol):
     def begin(self, what: str) -> None: ...
 
     def set(self, done: int, total: int, *, samples: int | None = None, num: int | None = None) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class BundleSettings:
-    """What a bundle is made of."""
-
-    prior: Path
-    trunk: Path
-    sae: Path
-    pool: Path
-    out: Path
-    hook: str | None = None
-    decoder: Path | None = None
-    evaluator: Path | None = None
-    name: str | None = None
-    licence: str = "see the licences of its parts"
-    sae_kind: str | None = None
-    token_length: str | None = None
-    pixel_unshuffle: int = 1
-    trunk_size: tuple[int, int] | None = None
-    background: int = 255
-    workers: int = 2
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for a number that is out of range."""
-        for name, low, high in (("background", 0, 255), ("workers", 1, 64), ("pixel_unshuffle", 1, 16)):
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, allowed are whole numbers from {low} to {high}")
-        if self.trunk_size is not None and min(self.trunk_size) < 1:
-            raise ConfigError(f"trunk_size: got {self.trunk_size}, allowed are two positive whole numbers")
 
 
 @dataclass(frozen=True, kw_only=True)

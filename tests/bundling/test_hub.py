@@ -7,7 +7,8 @@ import pytest
 from huggingface_hub import errors
 
 from tiltscope.engine.bundling.hub import PATTERNS, local_folder
-from tiltscope.engine.bundling.make import BundleSettings, find
+from tiltscope.engine.bundling.make import find
+from tiltscope.engine.bundling.settings import BundleSettings
 from tiltscope.engine.errors import BundleError, ConfigError
 
 NAME = "facebook/dinov3-vitl16-pretrain-lvd1689m"

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import tiltscope
 from tiltscope.engine.bundling import make, shards
-from tiltscope.engine.bundling.make import BundleSettings, make_bundle
+from tiltscope.engine.bundling.make import make_bundle
 from tiltscope.engine.bundling.pictures import FolderPictures
+from tiltscope.engine.bundling.settings import BundleSettings
 from tiltscope.engine.errors import BundleError, ConfigError
 
 
