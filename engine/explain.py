@@ -26,15 +26,7 @@ from tiltscope.engine.errors import CalibrationError, ConfigError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.report.metrics import measure, prior_warning
-from tiltscope.engine.sample import (
-    CALIBRATION_BATCH,
-    OnStep,
-    Run,
-    check_any_finite,
-    failures,
-    prepare,
-    unguided_activations,
-)
+from tiltscope.engine.sample import OnStep, Run, check_any_finite, failures, prepare
 from tiltscope.engine.samples import Explanation, Samples, join
 from tiltscope.engine.tilt.actmax import activation_maximisation, natural_magnitude
 from tiltscope.engine.tilt.calibrate import (
@@ -49,6 +41,7 @@ from tiltscope.engine.tilt.calibrate import (
 )
 from tiltscope.engine.tilt.log_tilt import LOG_TILTS, LogTilt
 from tiltscope.engine.tilt.pool_rivals import hard_truncation, top_k
+from tiltscope.engine.unguided import CALIBRATION_BATCH, unguided_activations
 
 SAMPLE_SETTINGS = tuple(each.name for each in fields(SampleConfig))
 # Unguided draws that say whether the sampler's prior is the p that the pool calibrates.

@@ -29,7 +29,6 @@ from tiltscope.engine.runtime.memory import ChunkedStep, MemoryPlan, available_m
 from tiltscope.engine.runtime.runners import AUTO, REFERENCE, Gated, step_for
 from tiltscope.engine.runtime.step import ListeningStep
 from tiltscope.engine.sampler.lifts import LIFTS, Lift
-from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.sampler.particles import proposal_plan, settle
 from tiltscope.engine.sampler.plan import GraphKind, Plan, make_plan
 from tiltscope.engine.sampler.replay import GraphedTicks
@@ -40,6 +39,7 @@ from tiltscope.engine.tilt.ascent import Ascent
 from tiltscope.engine.tilt.calibrate import Calibration, calibrate, estimates, largest_reachable
 from tiltscope.engine.tilt.evidence import combine
 from tiltscope.engine.tilt.log_tilt import LOG_TILTS, LogTilt
+from tiltscope.engine.unguided import unguided_activations
 from tiltscope.kernels.implementation import Calls, Implementation, count_calls, require_implementation
 
 logger = logging.getLogger(__name__)
@@ -521,39 +521,6 @@ def _natural_activations(
         return None, None
     activations = unguided_activations(programme, feature, seed=config.seed, num=config.calibration_num)
     return activations, "unguided draws"
-
-
-# One fixed batch shape, so that what calibration finds does not depend on the run's own batch size.
-CALIBRATION_BATCH = 64
-
-
-def unguided_draws(
-    programme: Programme, *, seed: int, num: int, bucket: int = CALIBRATION_BATCH
-) -> Float[Tensor, "num ..."]:
-    """`num` samples of the prior under the programme's first plan, at indices 2^31 + i, apart from every user's own."""
-    programme = replace(programme, particles=1, bucket=None)
-    finished: list[Tensor] = []
-    for at in range(0, num, bucket):
-        indices = CALIBRATION_INDEX + np.arange(at, min(at + bucket, num))
-        state = admit(programme, seed=seed, indices=indices, lam=np.zeros(len(indices)), readout=None, bucket=bucket)
-        for _ in range(programme.plans[0].num_rows):
-            state, _ = tick(state, programme)
-        finished.append(state.x[: len(indices)][state.ok[: len(indices)]].cpu())
-    draws = torch.cat(finished)
-    if len(draws) == 0:
-        raise NonFiniteError("none of the prior's unguided draws is finite; check the denoiser, or try more steps")
-    return draws
-
-
-def unguided_activations(
-    programme: Programme, feature: Feature, *, seed: int, num: int, bucket: int = CALIBRATION_BATCH
-) -> NDArray[np.float64]:
-    """Activations of `unguided_draws`: float64, one for each draw that stayed finite."""
-    batches: list[Tensor] = []
-    for x0 in unguided_draws(programme, seed=seed, num=num, bucket=bucket).split(bucket):
-        readout = None if feature.readout is None else feature.readout.expand(len(x0))
-        batches.append(programme.step.measure(x0.to(programme.device), readout)[0].cpu())
-    return torch.cat(batches).double().numpy()
 
 
 def _strength(

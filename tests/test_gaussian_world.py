@@ -10,11 +10,12 @@ import torch
 
 import tiltscope
 from tiltscope.engine.config import SampleConfig
-from tiltscope.engine.sample import prepare, unguided_draws
+from tiltscope.engine.sample import prepare
 from tiltscope.engine.sampler.plan import make_plan
 from tiltscope.engine.sampler.state import admit
 from tiltscope.engine.sampler.tick import tick
 from tiltscope.engine.tilt.worlds import GaussianWorld
+from tiltscope.engine.unguided import unguided_draws
 
 WORLD = GaussianWorld(s=1.7, shape=(2, 3))
 LAM = 0.9
