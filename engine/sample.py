@@ -35,6 +35,7 @@ from tiltscope.engine.sampler.replay import GraphedTicks
 from tiltscope.engine.sampler.state import Observation, Programme, SlotState, admit
 from tiltscope.engine.sampler.tick import tick
 from tiltscope.engine.samples import Samples, Target, join
+from tiltscope.engine.start import starting_picture
 from tiltscope.engine.tilt.ascent import Ascent
 from tiltscope.engine.tilt.calibrate import Calibration, calibrate, estimates, largest_reachable
 from tiltscope.engine.tilt.evidence import combine
@@ -427,7 +428,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, gated: Gate
         kernels=kernels,
         particles=config.particles,
         bucket=config.bucket,
-        start=None if config.start is None else _starting_picture(prior, config.start).to(device, dtype),
+        start=None if config.start is None else starting_picture(prior, config.start).to(device, dtype),
     )
     started = time.perf_counter()
     natural, source = _natural_activations(prior, feature, config, programme)
@@ -484,20 +485,6 @@ def _memory_plan(prior: Prior, feature: Feature, config: SampleConfig, gated: Ga
     return plan_memory(
         prior, feature, DTYPES[config.dtype], bucket=config.bucket, chunk=config.vjp_chunk, available=available
     )
-
-
-def _starting_picture(prior: Prior, path: str) -> Float[Tensor, "channel height width"]:
-    """The picture in `path` as x0, cut to the prior's shape around its middle and resized. Raises ConfigError."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if not prior.pictures or prior.decoder is not None:
-        raise ConfigError(f"start: this prior's samples are {list(prior.shape)}, no pictures; leave start out")
-    try:
-        with Image.open(path) as opened:
-            fitted = ImageOps.fit(opened.convert("RGB"), (prior.shape[2], prior.shape[1]), Image.Resampling.LANCZOS)
-    except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"start: {path} cannot be read as a picture ({error})") from error
-    return torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1).to(torch.float32) / 127.5 - 1
 
 
 def calibrated(run: Run) -> Run:
