@@ -37,7 +37,7 @@ from tiltscope.engine.sampler.replay import GraphedTicks, StaticSlots, step_into
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.sampler.state import admit
 from tiltscope.kernels.dispatch import guided_step
-from tiltscope.kernels.reference import guided_update
+from tiltscope.kernels.reference import StepInputs, guided_update
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, REPORT = ROOT / "benchmarks" / "results", ROOT / "docs" / "gpu.md"
@@ -224,12 +224,12 @@ def bench_fused_step(at: Place) -> list[dict[str, Any]]:
             zeros = torch.zeros(batch, dtype=torch.int64, device=at.device)
             ones, key = torch.ones(batch, device=at.device), torch.zeros(batch, 2, dtype=torch.int64, device=at.device)
             yes, rows = torch.ones(batch, dtype=torch.bool, device=at.device), torch.full((1,), 4, device=at.device)
-            slots = (table, rows, zeros, zeros, yes, ones, ones, yes, key, zeros, zeros)
+            inputs = StepInputs(*fields, table, rows, zeros, zeros, yes, ones, ones, yes, key, zeros, zeros)
             plain = (table[0, :1].expand(batch, -1).contiguous(), ones, yes, key, zeros, zeros, zeros)
             times = alternate(
                 at,
                 {
-                    "fused": lambda f=fields, s=slots: guided_step(*f, *s, implementation=at.kernels),  # type: ignore[arg-type]
+                    "fused": lambda i=inputs: guided_step(i, implementation=at.kernels),  # type: ignore[arg-type]
                     "torch": lambda f=fields, p=plain: guided_update(*f, *p),
                     "torch.compile": lambda f=fields, p=plain: compiled(*f, *p),
                 },
@@ -265,7 +265,7 @@ def bench_ticks(at: Place) -> list[dict[str, Any]]:
         run = prepare(bundle.prior, bundle.feature(at.feature), config)
         work, readout = run.programme, run.feature.readout
         state = admit(work, seed=0, indices=np.arange(batch), lam=np.ones(batch), readout=readout, bucket=batch)
-        needs, eager = work.needs(state.host), StaticSlots.like(state)
+        needs, eager = work.ahead(state.host)[0], StaticSlots.like(state)
         replaying = GraphedTicks(at.graphs, always=True).start(state, work)
         _reset_peak(at)
         times = alternate(

@@ -10,10 +10,7 @@ Appends a line to results/guided_step.jsonl.
     python benchmarks/guided_step.py        one thread; a few minutes, most of them compiling
 """
 
-import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,9 +23,9 @@ sys.path.append(str(ROOT / "tools"))
 
 import torch  # noqa: E402
 from kernel_cases import GuidedCase, check_guided_step, guided_case  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
+from tiltscope.engine.bench.machine import append_result  # noqa: E402
+from tiltscope.engine.bench.traffic import Traffic  # noqa: E402
 from tiltscope.kernels import dispatch, reference  # noqa: E402
 
 SIZES = ((1, (3, 64, 64)), (8, (3, 64, 64)), (8, (3, 256, 256)))
@@ -37,31 +34,11 @@ AIM_SPEED, AIM_BYTES = 3.0, 5.0
 RESULTS = ROOT / "benchmarks" / "results" / "guided_step.jsonl"
 
 
-class Traffic(TorchDispatchMode):
-    """Counts operations that touch memory (views do not) and the bytes of their tensors, each operand once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns):
-            return made
-        self.operations += 1
-        for each in tree_leaves((args, kwargs, made)):
-            if isinstance(each, torch.Tensor):
-                # A broadcast operand is read from what it really is.
-                dense = [size for size, stride in zip(each.shape, each.stride(), strict=True) if stride != 0]
-                self.bytes += torch.Size(dense).numel() * each.element_size()
-        return made
-
-
 def count_unfused(case: GuidedCase) -> tuple[int, int]:
     """-> (operations, bytes) of the definition, run line by line."""
     with Traffic() as traffic:
-        reference.guided_step(*case)
-    return traffic.operations, traffic.bytes
+        reference.guided_step(case)
+    return len(traffic.operations), traffic.bytes
 
 
 def fused_bytes(case: GuidedCase) -> int:
@@ -86,15 +63,15 @@ def gate(case: GuidedCase) -> None:
 
 
 def compiled(case: GuidedCase) -> reference.GuidedStep:
-    return dispatch.guided_step(*case, implementation="compiled")
+    return dispatch.guided_step(case, implementation="compiled")
 
 
 def native(case: GuidedCase) -> reference.GuidedStep:
-    return dispatch.guided_step(*case, implementation="native")
+    return dispatch.guided_step(case, implementation="native")
 
 
 def plain(case: GuidedCase) -> reference.GuidedStep:
-    return dispatch.guided_step(*case, implementation="reference")
+    return dispatch.guided_step(case, implementation="reference")
 
 
 def percentiles(taken: list[float]) -> dict[str, float]:
@@ -173,7 +150,7 @@ def main() -> int:
                 "fewer_bytes": fewer,
             }
         )
-    _append(rows)
+    append_result(RESULTS, "guided_step", cases=rows)
     missed = [
         row
         for row in rows
@@ -182,23 +159,6 @@ def main() -> int:
         or row["fewer_bytes"] < AIM_BYTES
     ]
     return 1 if missed else 0
-
-
-def _append(rows: list[dict[str, Any]]) -> None:
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    line = {
-        "benchmark": "guided_step",
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "revision": revision or None,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "machine": {"system": platform.platform(terse=True), "processors": os.cpu_count(), "device": "cpu"},
-        "cases": rows,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as results:
-        results.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

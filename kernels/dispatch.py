@@ -11,6 +11,8 @@ an op cannot take is a ConfigError naming the argument; so is a row past its pla
 CPU). On a device a row past its plan reads no memory outside the table, and its slot is one that has done its plan.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -30,7 +32,7 @@ from tiltscope.kernels.implementation import (
     require_implementation,
     require_like,
 )
-from tiltscope.kernels.reference import GuidedStep, Resampled
+from tiltscope.kernels.reference import GuidedStep, Resampled, StepInputs
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -43,6 +45,13 @@ __all__ = [
 ]
 
 _COLUMNS = 11
+_PICTURES = StepInputs._fields[:4]
+# Arguments of one number a slot, by their dtype; None: the state's.
+_PER_SLOT: dict[tuple[str, ...], torch.dtype | None] = {
+    ("plan", "row", "index", "particle"): torch.int64,
+    ("ok", "guided"): torch.bool,
+    ("drive", "strength"): None,
+}
 MAX_PARTICLES = 4096  # of a group, with kernels 'triton': one program holds them all
 
 
@@ -54,26 +63,9 @@ def is_dense(x: Tensor, *, channels_last: bool) -> bool:
 
 
 def guided_step(
-    x: Tensor,
-    x0_hat: Tensor,
-    grad_a: Tensor,
-    history: Tensor,
-    table: Tensor,
-    num_rows: Tensor,
-    plan: Tensor,
-    row: Tensor,
-    ok: Tensor,
-    drive: Tensor,
-    strength: Tensor,
-    guided: Tensor,
-    key: Tensor,
-    index: Tensor,
-    particle: Tensor,
-    *,
-    ticket: Tensor | None = None,
-    implementation: Implementation = "reference",
+    inputs: StepInputs, *, ticket: Tensor | None = None, implementation: Implementation = "reference"
 ) -> GuidedStep:
-    """reference.guided_step by the implementation asked for. Shapes: there; x' and H' lie in memory as x does.
+    """reference.guided_step by the implementation asked for. Shapes: StepInputs; x' and H' lie in memory as x does.
 
     x, history, table, drive, strength: one dtype, float32 or float64 (triton: float32). x0_hat, grad_a: that dtype, or both
     bfloat16 or both float16. num_rows, plan, row, key, index, particle int64, ok and guided bool. Strides: x, x0_hat, grad_a and
@@ -81,78 +73,39 @@ def guided_step(
     ticket: int32 [batch] of zeros, zeros again afterwards, for launches that follow each other on one stream; without it triton
     fills one of its own, a second small launch. Raises ConfigError, RunnerError.
     """
+    x = inputs.x
     require_implementation(implementation, x.device)
-    _check_guided_step(
-        x, x0_hat, grad_a, history, table, num_rows, plan, row, ok, drive, strength, guided, key, index, particle
-    )
+    _check_guided_step(inputs)
     if implementation == "triton":
         require(x.dtype == torch.float32, "x", x.dtype, "torch.float32 with kernels 'triton'; 'reference' has float64")
         if ticket is not None:
             require_like("ticket", ticket, x.shape[:1], [torch.int32], x.device)
         last = is_dense(x, channels_last=True) and not is_dense(x, channels_last=False)
-        for name, each in (("x", x), ("x0_hat", x0_hat), ("grad_a", grad_a), ("history", history)):
+        for name, each in zip(_PICTURES, inputs, strict=False):
             order = "channels last, as x" if last else "C order (contiguous) or, all four tensors alike, channels last"
             got = f"strides {each.stride()}"
             require(is_dense(each, channels_last=last), name, got, f"a sample dense in {order}: call .contiguous()")
     # The op is for whoever watches; around a step of tens of microseconds it takes as long again.
     run = torch.ops.tiltscope.guided_step if _watched(x) else _run_guided_step
-    return GuidedStep(
-        *run(
-            x,
-            x0_hat,
-            grad_a,
-            history,
-            table,
-            num_rows,
-            plan,
-            row,
-            ok,
-            drive,
-            strength,
-            guided,
-            key,
-            index,
-            particle,
-            ticket,
-            implementation,
-        )
-    )
+    return GuidedStep(*run(*inputs, ticket, implementation))
 
 
-def _check_guided_step(
-    x: Tensor,
-    x0_hat: Tensor,
-    grad_a: Tensor,
-    history: Tensor,
-    table: Tensor,
-    num_rows: Tensor,
-    plan: Tensor,
-    row: Tensor,
-    ok: Tensor,
-    drive: Tensor,
-    strength: Tensor,
-    guided: Tensor,
-    key: Tensor,
-    index: Tensor,
-    particle: Tensor,
-) -> None:
-    require(x.dtype in STATE_DTYPES, "x", x.dtype, " or ".join(map(str, STATE_DTYPES)))
+def _check_guided_step(inputs: StepInputs) -> None:
+    x, table, dtype, device = inputs.x, inputs.table, inputs.x.dtype, inputs.x.device
+    require(dtype in STATE_DTYPES, "x", dtype, " or ".join(map(str, STATE_DTYPES)))
     require(x.dim() >= 2 and x.numel() > 0, "x", f"shape {list(x.shape)}", "[batch, ...] with at least one element")
-    batch, dtype, device = x.shape[0], x.dtype, x.device
-    require_like("history", history, x.shape, [dtype], device)
-    require_like("x0_hat", x0_hat, x.shape, [dtype, *NETWORK_DTYPES], device)
-    require_like("grad_a", grad_a, x.shape, [x0_hat.dtype], device)
+    batch = x.shape[0]
+    require_like("history", inputs.history, x.shape, [dtype], device)
+    require_like("x0_hat", inputs.x0_hat, x.shape, [dtype, *NETWORK_DTYPES], device)
+    require_like("grad_a", inputs.grad_a, x.shape, [inputs.x0_hat.dtype], device)
     require(table.dim() == 3, "table", f"shape {list(table.shape)}", "[plan, row, 11]")
     require_like("table", table, (*table.shape[:2], _COLUMNS), [dtype], device)
     require(table.numel() > 0, "table", f"shape {list(table.shape)}", "at least one plan of at least one row")
-    require_like("num_rows", num_rows, table.shape[:1], [torch.int64], device)
-    for name, each in (("plan", plan), ("row", row), ("index", index), ("particle", particle)):
-        require_like(name, each, (batch,), [torch.int64], device)
-    require_like("key", key, (batch, 2), [torch.int64], device)
-    for name, each in (("ok", ok), ("guided", guided)):
-        require_like(name, each, (batch,), [torch.bool], device)
-    for name, each in (("drive", drive), ("strength", strength)):
-        require_like(name, each, (batch,), [dtype], device)
+    require_like("num_rows", inputs.num_rows, table.shape[:1], [torch.int64], device)
+    require_like("key", inputs.key, (batch, 2), [torch.int64], device)
+    for names, of in _PER_SLOT.items():
+        for name in names:
+            require_like(name, getattr(inputs, name), (batch,), [of or dtype], device)
 
 
 def _check_rows(table: Tensor, num_rows: Tensor, plan: Tensor, row: Tensor) -> None:
@@ -173,45 +126,28 @@ def _watched(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.requires_grad or type(x) is not Tensor or is_in_torch_dispatch_mode()
 
 
-def _run_guided_step(
-    x: Tensor,
-    x0_hat: Tensor,
-    grad_a: Tensor,
-    history: Tensor,
-    table: Tensor,
-    num_rows: Tensor,
-    plan: Tensor,
-    row: Tensor,
-    ok: Tensor,
-    drive: Tensor,
-    strength: Tensor,
-    guided: Tensor,
-    key: Tensor,
-    index: Tensor,
-    particle: Tensor,
-    ticket: Tensor | None,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if x.device.type == "cpu":
-        _check_rows(table, num_rows, plan, row)
-    slots = (table, num_rows, plan, row, ok, drive, strength, guided, key, index, particle)
+def _run_guided_step(*given: Any) -> tuple[Tensor, ...]:
+    """given: the fields of StepInputs, the ticket or None, the implementation."""
+    inputs, ticket, implementation = StepInputs(*given[:-2]), given[-2], given[-1]
+    if inputs.x.device.type == "cpu":
+        _check_rows(inputs.table, inputs.num_rows, inputs.plan, inputs.row)
     if implementation == "triton":
         from tiltscope.kernels.guided_step import guided_step as kernel
 
-        made = kernel(x, x0_hat, grad_a, history, *slots, ticket)
+        made = kernel(inputs, ticket)
     else:
-        if implementation == "native" and not grad_a.is_contiguous():
+        if implementation == "native" and not inputs.grad_a.is_contiguous():
             # torch adds up a gradient in the order in which it lies in memory, so another order is other bits.
             implementation = "reference"
         if implementation == "native":
             from tiltscope.kernels.native import guided_step as run
         else:
             run = compiled(reference.guided_step) if implementation == "compiled" else reference.guided_step
-        made = run(x, x0_hat, grad_a, history, *slots)
-        like = torch.empty_like(x)
+        made = run(inputs)
+        like = torch.empty_like(inputs.x)
         made = made._replace(x=_laid_out(made.x, like), history=_laid_out(made.history, like))
     count_call("guided_step", implementation)
-    return made.x, made.history, made.row, made.ok, made.grad_norm_sq, made.delta_norm_sq, made.z_dot_delta
+    return tuple(made)
 
 
 def _laid_out(made: Tensor, like: Tensor) -> Tensor:
@@ -219,41 +155,19 @@ def _laid_out(made: Tensor, like: Tensor) -> Tensor:
     return made if made.stride() == like.stride() else torch.empty_like(like).copy_(made)
 
 
-_guided_step = torch.library.custom_op("tiltscope::guided_step", _run_guided_step, mutates_args=())
+# The op's arguments are flat, as torch.library wants them: the fields of one record, the results those of another.
+_SCHEMA = (
+    f"({', '.join(f'Tensor {name}' for name in StepInputs._fields)}, Tensor? ticket, str implementation)"
+    f" -> ({', '.join('Tensor' for _ in GuidedStep._fields)})"
+)
+_guided_step = torch.library.custom_op("tiltscope::guided_step", _run_guided_step, mutates_args=(), schema=_SCHEMA)
 
 
 @_guided_step.register_fake
-def _guided_step_fake(
-    x: Tensor,
-    x0_hat: Tensor,
-    grad_a: Tensor,
-    history: Tensor,
-    table: Tensor,
-    num_rows: Tensor,
-    plan: Tensor,
-    row: Tensor,
-    ok: Tensor,
-    drive: Tensor,
-    strength: Tensor,
-    guided: Tensor,
-    key: Tensor,
-    index: Tensor,
-    particle: Tensor,
-    ticket: Tensor | None,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def per_slot() -> Tensor:
-        return x.new_empty(x.shape[0])
-
-    return (
-        torch.empty_like(x),
-        torch.empty_like(x),
-        torch.empty_like(row),
-        torch.empty_like(ok),
-        per_slot(),
-        per_slot(),
-        per_slot(),
-    )
+def _guided_step_fake(*given: Any) -> tuple[Tensor, ...]:
+    x, row, ok = given[0], *(given[StepInputs._fields.index(name)] for name in ("row", "ok"))
+    statistics = [x.new_empty(x.shape[0]) for _ in GuidedStep._fields[4:]]
+    return (torch.empty_like(x), torch.empty_like(x), torch.empty_like(row), torch.empty_like(ok), *statistics)
 
 
 def resample(

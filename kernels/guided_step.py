@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiltscope.kernels.reference import GuidedStep
+from tiltscope.kernels.reference import GuidedStep, StepInputs
 from tiltscope.kernels.triton_philox import four_normals, one_normal
 
 GROUPS = 256  # groups of four elements a program: 1024 elements, 8 a thread
@@ -264,49 +264,30 @@ def is_aligned(n: int, state: tuple[Tensor, ...], network: tuple[Tensor, ...]) -
     )
 
 
-def guided_step(
-    x: Tensor,
-    x0_hat: Tensor,
-    grad_a: Tensor,
-    history: Tensor,
-    table: Tensor,
-    num_rows: Tensor,
-    plan: Tensor,
-    row: Tensor,
-    ok: Tensor,
-    drive: Tensor,
-    strength: Tensor,
-    guided: Tensor,
-    key: Tensor,
-    index: Tensor,
-    particle: Tensor,
-    ticket: Tensor | None = None,
-) -> GuidedStep:
+def guided_step(inputs: StepInputs, ticket: Tensor | None = None) -> GuidedStep:
     """Launches the kernel on checked arguments (dispatch.py); x, x0_hat, grad_a, history all in C order or all channels last.
 
     ticket: int32 [batch] of zeros, which the launch leaves zero; a caller that keeps one for its stream spares the fill.
     """
+    x, x0_hat, grad_a, history, *scalars = inputs
     batch, n = x.shape[0], x[0].numel()
     blocks = blocks_of(n)
     channels_last = not x[:1].is_contiguous()
     made, remembered = torch.empty_like(x), torch.empty_like(x)
-    row_out, ok_out = torch.empty_like(row), torch.empty_like(ok)
+    row_out, ok_out = torch.empty_like(inputs.row), torch.empty_like(inputs.ok)
     stats = [x.new_empty(batch) for _ in range(3)]
     if blocks > 1:
         parts = x.new_empty(batch, 4, blocks)
         ticket = torch.zeros(batch, dtype=torch.int32, device=x.device) if ticket is None else ticket
     else:
         parts = ticket = x  # not touched
-    slots = [each.contiguous() for each in (table, num_rows, plan, row, ok, drive, strength, guided, key)]
     launch: Any = _guided_step_kernel
     launch[(batch * blocks,)](
         x,
         x0_hat,
         grad_a,
         history,
-        *slots,
-        index.contiguous(),
-        particle.contiguous(),
+        *(each.contiguous() for each in scalars),
         made,
         remembered,
         row_out,
@@ -314,8 +295,7 @@ def guided_step(
         *stats,
         parts,
         ticket,
-        table.shape[0],
-        table.shape[1],
+        *inputs.table.shape[:2],
         n,
         x.shape[1] if channels_last else 1,
         blocks,

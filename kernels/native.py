@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tiltscope.kernels import reference
 from tiltscope.kernels.errors import RunnerError
-from tiltscope.kernels.reference import GuidedStep
+from tiltscope.kernels.reference import GuidedStep, StepInputs
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -43,27 +43,12 @@ class _Passes(NamedTuple):
     step: Callable[..., None]
 
 
-def guided_step(
-    x: Tensor,
-    x0_hat: Tensor,
-    grad_a: Tensor,
-    history: Tensor,
-    table: Tensor,
-    num_rows: Tensor,
-    plan: Tensor,
-    row: Tensor,
-    ok: Tensor,
-    drive: Tensor,
-    strength: Tensor,
-    guided: Tensor,
-    key: Tensor,
-    index: Tensor,
-    particle: Tensor,
-) -> GuidedStep:
+def guided_step(inputs: StepInputs) -> GuidedStep:
     """reference.guided_step of checked arguments on the CPU (dispatch.py); grad_a in C order, and so x' and H'.
 
     Raises RunnerError where the library cannot be made.
     """
+    x, x0_hat, grad_a, history, table, num_rows, plan, row, ok, drive, strength, guided, key, index, particle = inputs
     uniforms, step = library()[x.dtype]
     pictures = [each.to(x.dtype).contiguous() for each in (x, x0_hat, grad_a, history)]
     batch, n = x.shape[0], pictures[0][0].numel()
@@ -108,14 +93,14 @@ def require_native() -> None:
     library()
     for dtype in _NAMES:
         case = _trial(dtype)
-        for name, mine, exact in zip(GuidedStep._fields, guided_step(*case), reference.guided_step(*case), strict=True):
+        for name, mine, exact in zip(GuidedStep._fields, guided_step(case), reference.guided_step(case), strict=True):
             if not torch.equal(mine, exact):
                 raise RunnerError(
                     f"kernels 'native': {name} differs from the definition's in {dtype} on this machine; use kernels 'reference'"
                 )
 
 
-def _trial(dtype: torch.dtype) -> list[Tensor]:
+def _trial(dtype: torch.dtype) -> StepInputs:
     """Three slots, one unguided and one that fails, of 37 elements: whole vectors and what is left over."""
     place = torch.arange(3 * 37, dtype=torch.float64).reshape(3, 37)
     pictures = [torch.sin(place * step).to(dtype) for step in (0.7, 1.1, 1.7, 2.3)]
@@ -124,7 +109,8 @@ def _trial(dtype: torch.dtype) -> list[Tensor]:
     table = torch.cos(torch.arange(2 * 5 * 11, dtype=torch.float64)).reshape(2, 5, 11).to(dtype)
     some = torch.tensor([0.5, torch.nan, 2.0], dtype=dtype)
     slots = [torch.tensor([5, 3]), slot % 2, slot, slot >= 0, some, some.nan_to_num(), slot != 1]
-    return [*pictures, table, *slots, torch.stack([slot + 2**31, slot * 7], 1), slot * 2**29, slot * 65535 // 2]
+    key = torch.stack([slot + 2**31, slot * 7], 1)
+    return StepInputs(*pictures, table, *slots, key, slot * 2**29, slot * 65535 // 2)
 
 
 def _built() -> Path:

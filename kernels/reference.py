@@ -13,6 +13,30 @@ SIGMA, ALPHA, A, B, C, D, E, P, Q, F, R = range(11)
 _STREAM_STEP = 1
 
 
+class StepInputs(NamedTuple):
+    """What a guided step reads: the pictures of every slot, every plan, and each slot's own scalars.
+
+    table: every plan, cast once to the state's dtype, short ones padded with any row. drive: what guidance differentiated; NaN
+    where no trunk ran.
+    """
+
+    x: Float[Tensor, "batch ..."]
+    x0_hat: Float[Tensor, "batch ..."]
+    grad_a: Float[Tensor, "batch ..."]
+    history: Float[Tensor, "batch ..."]
+    table: Float[Tensor, "plan row 11"]
+    num_rows: Int[Tensor, "plan"]
+    plan: Int[Tensor, "batch"]
+    row: Int[Tensor, "batch"]
+    ok: Bool[Tensor, "batch"]
+    drive: Float[Tensor, "batch"]
+    strength: Float[Tensor, "batch"]
+    guided: Bool[Tensor, "batch"]
+    key: Int[Tensor, "batch 2"]
+    index: Int[Tensor, "batch"]
+    particle: Int[Tensor, "batch"]
+
+
 class GuidedUpdate(NamedTuple):
     """What one row of the table makes of every slot; the statistics are per slot."""
 
@@ -83,23 +107,7 @@ def guided_update(
     )
 
 
-def guided_step(
-    x: Float[Tensor, "batch ..."],
-    x0_hat: Float[Tensor, "batch ..."],
-    grad_a: Float[Tensor, "batch ..."],
-    history: Float[Tensor, "batch ..."],
-    table: Float[Tensor, "plan row 11"],
-    num_rows: Int[Tensor, "plan"],
-    plan: Int[Tensor, "batch"],
-    row: Int[Tensor, "batch"],
-    ok: Bool[Tensor, "batch"],
-    drive: Float[Tensor, "batch"],
-    strength: Float[Tensor, "batch"],
-    guided: Bool[Tensor, "batch"],
-    key: Int[Tensor, "batch 2"],
-    index: Int[Tensor, "batch"],
-    particle: Int[Tensor, "batch"],
-) -> GuidedStep:
+def guided_step(inputs: StepInputs) -> GuidedStep:
     """Every slot advances by its own row of its own plan; the row counters advance with it, on the device.
 
         x+, H+, statistics = guided_update at table[plan, row]     guided where the slot is active and `guided`
@@ -109,10 +117,10 @@ def guided_step(
         x', H' = x+, H+ where it moves, else x, H        row' = row + moves        ok' = ok and (sound or not active)
 
     A slot that has done its plan (row = num_rows) or failed (not ok) keeps its state bit for bit, and so does one that fails
-    now: x stays at its last good value. table: every plan, cast once to the state's dtype, short ones padded with any row.
-    drive: what guidance differentiated; NaN where no trunk ran. Reads x, D, grad_a, H once and writes x', H' once: 24 bytes an
-    element in float32, 20 with D and grad_a in 16 bits; bound by memory bandwidth.
+    now: x stays at its last good value. Reads x, D, grad_a, H once and writes x', H' once: 24 bytes an element in float32, 20
+    with D and grad_a in 16 bits; bound by memory bandwidth.
     """
+    x, x0_hat, grad_a, history, table, num_rows, plan, row, ok, drive, strength, guided, key, index, particle = inputs
     active = row < num_rows[plan]
     here = table[plan, row.clamp(max=table.shape[1] - 1)]
     guided = guided & active

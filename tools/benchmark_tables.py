@@ -127,8 +127,101 @@ def batching() -> Iterator[str]:
     )
 
 
+def budget() -> Iterator[str]:
+    yield "## Which rows to guide"
+    found = lines("budget")
+    if not found:
+        yield "not measured"
+        return
+    line = found[-1]
+    costs, names = line["seconds_a_row"], ", ".join(f"`{name}`" for name in line["features"])
+    yield (
+        measured(line, "benchmarks/budget.py")
+        + f" {line['num']} pictures of each of {names}, at one mean activation each."
+    )
+    yield (
+        "Behind: naturalness less that of 25 rows guided throughout, mean over features and its standard error. "
+        f"Cost: a guided row takes {costs['guided']:.3f} s a picture, an unguided one {costs['unguided']:.3f} s."
+    )
+    base = line["candidates"][0]["seconds"]
+    rows: list[list[str]] = []
+    for each in line["candidates"]:
+        low, high = each["interval"]
+        where = "every row" if (low, high) == (0.0, 1.0) else f"{low:g} to {high:g}"
+        chosen = (each["steps"], each["interval"]) == (line["choice"]["steps"], line["choice"]["interval"])
+        rows.append(
+            [
+                str(each["steps"]),
+                where + (" (chosen)" if chosen else ""),
+                str(each["guided"]),
+                f"{each['reached']} of {len(line['features'])}",
+                f"{each['naturalness']:.2f}",
+                f"{each['behind']:+.2f} ± {each['behind_se']:.2f}",
+                f"{base / each['seconds']:.1f}x",
+            ]
+        )
+    yield table(["rows", "guided where sigma is", "guided", "reached", "naturalness", "behind", "faster"], rows)
+
+
+def roofline() -> Iterator[str]:
+    yield "## A guided step on an H100, predicted"
+    found = lines("roofline")
+    if not found:
+        yield "not computed"
+        return
+    line = found[-1]
+    yield (
+        f"Predicted by `benchmarks/roofline.py`, **not measured**: {line['card']}, {line['flops_a_second'] / 1e12:.0f} TFLOP/s "
+        f"dense bfloat16, {line['bytes_a_second'] / 1e12:.2f} TB/s. Bound: the arithmetic alone. Unfused: every operator the "
+        f"longer of its arithmetic and its traffic, as torch launches them. Launches at {line['launch_us']:.0f} us each, which a "
+        "CUDA graph spares. What will measure it on the card: `make gpu`, `tiltscope bench row --bundle DIR`."
+    )
+    yield table(
+        ["system", "batch", "TFLOP", "GiB moved", "launches", "bound, ms", "unfused, ms", "launches, ms"],
+        [
+            [
+                each["system"],
+                str(each["batch"]),
+                f"{each['gflop'] / 1e3:.3g}",
+                f"{each['mib'] / 1024:.3g}",
+                f"{each['launches']:,}",
+                *(f"{each[name]:.3g}" for name in ("arithmetic_ms", "roofline_ms", "launch_ms")),
+            ]
+            for each in line["rows"]
+        ],
+    )
+
+
+def growth() -> Iterator[str]:
+    yield "## How time grows"
+    found = [line for line in lines("bench") if any(each["case"] == "growth" for each in line["lines"])]
+    if not found:
+        yield "not measured"
+        return
+    line = found[-1]
+    yield (
+        measured(line, "tiltscope bench growth")
+        + " The exponent b of time = a n^b, fitted; 1 is linear, less is better."
+    )
+    of: dict[str, list[dict[str, Any]]] = {}
+    for each in line["lines"]:
+        if each["case"] == "growth":
+            of.setdefault(each["setting"].split()[0], []).append(each)
+    yield table(
+        ["over", "p50, s", "exponent"],
+        [
+            [
+                name,
+                ", ".join(f"{each['setting'].split()[1]}: {each['timing']['p50'] / 1e3:.2f}" for each in every),
+                f"{every[0]['more']['exponent']:.2f}",
+            ]
+            for name, every in of.items()
+        ],
+    )
+
+
 def main() -> None:
-    parts = [HEAD.strip(), *peers(), *memory(), *batching()]
+    parts = [HEAD.strip(), *peers(), *budget(), *memory(), *batching(), *growth(), *roofline()]
     (ROOT / "docs" / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
 
 

@@ -4,38 +4,21 @@ Every case is drawn from its own generator; nothing is read from a file.
 """
 
 from math import pi, prod
-from typing import NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from tiltscope.kernels import philox, reference
-from tiltscope.kernels.reference import GuidedStep
+from tiltscope.kernels.reference import GuidedStep, StepInputs
 
 PLAN_ROWS = (5, 3, 7)
 # Words of a 64-bit seed at its ends, and where a sum `seed + index` would make two slots one.
 SEEDS = (0, 1, 2**32 - 1, 2**32, 2**40 + 7, 2**63, 2**64 - 1)
 
 
-class GuidedCase(NamedTuple):
-    """The arguments of dispatch.guided_step, in its order."""
-
-    x: Tensor
-    x0_hat: Tensor
-    grad_a: Tensor
-    history: Tensor
-    table: Tensor
-    num_rows: Tensor
-    plan: Tensor
-    row: Tensor
-    ok: Tensor
-    drive: Tensor
-    strength: Tensor
-    guided: Tensor
-    key: Tensor
-    index: Tensor
-    particle: Tensor
+class GuidedCase(StepInputs):
+    """The inputs of a guided step, and what tests make of them."""
 
     def to(self, dtype: torch.dtype) -> "GuidedCase":
         """Every floating tensor in dtype."""
@@ -123,7 +106,7 @@ def normal_of_float32_uniforms(
 def exact_guided_step(case: GuidedCase) -> GuidedStep:
     """The definition in float64, on the float32 state's noise."""
     with mock.patch.object(reference, "normal", normal_of_float32_uniforms):
-        return reference.guided_step(*case.to(torch.float64))
+        return reference.guided_step(case.to(torch.float64))
 
 
 def errors_of(got: GuidedStep, case: GuidedCase) -> dict[str, float]:

@@ -4,14 +4,15 @@
     picture      a whole picture: the sampler beside a plain loop over the same table and the same noise
     update       the fused update of a row alone: its implementations beside the definition
     throughput   guided rows a second over the batch: where sharing stops paying
+    growth       time over batch, rows and number of features, and the exponent that fits it: 1 is linear
     host         what the sampler costs around the networks: rows of a denoiser without cost
     sae_rows     one latent of the published convolutional autoencoder (768 -> 12,288, 7x7) beside its whole encoder; 2 GB
 
 Whatever is timed has first been held to the reference's numbers; what differs is reported and not timed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiltscope.engine.bench.growth import growth
+from tiltscope.engine.bench.line import Line, Options, lines
 from tiltscope.engine.bench.machine import copy_gb_s, matmul_gflops
 from tiltscope.engine.bench.plain import PlainStep
-from tiltscope.engine.bench.timing import Timing, Way, interleave
+from tiltscope.engine.bench.timing import Way, interleave
 from tiltscope.engine.bundle import Bundle
 from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import ConfigError, RunnerError
@@ -35,6 +38,7 @@ from tiltscope.engine.sampler.noise import STREAM_START, STREAM_STEP, seed_key
 from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.engine.tilt.worlds import GaussianWorld
 from tiltscope.kernels.philox import normal
+from tiltscope.kernels.reference import StepInputs
 
 # Relative, of D and of grad_a: float32 rounding through two networks, in another order of summation.
 GATES = {"x0_hat": 1e-4, "drive": 1e-4, "grad_a": 1e-3}
@@ -43,44 +47,6 @@ PICTURE_GATE = 1e-2
 # Relative: a sum over 37,632 products, in another order.
 LATENT_GATE = 1e-5
 LEVEL = 400
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    bundle: Bundle
-    feature: str
-    runners: tuple[str, ...]
-    seconds: float
-    """of timing for each line"""
-    steps: int
-    """rows of the case picture"""
-    batches: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """One way in one setting. faster: than the baseline, by p50; None for the baseline itself, and where nothing was timed.
-
-    refused: why it was not timed. more: other numbers by name, units in the name.
-    """
-
-    case: str
-    setting: str
-    way: str
-    timing: Timing | None
-    faster: float | None = None
-    refused: str | None = None
-    more: dict[str, float] = field(default_factory=dict[str, float])
-
-
-def lines(case: str, setting: str, ways: Mapping[str, Way], options: Options, **more: float) -> Iterator[Line]:
-    """Time the ways in turn; the first is the baseline."""
-    timings = interleave(ways, seconds=options.seconds)
-    base = next(iter(timings.values())).p50
-    for at, (way, timing) in enumerate(timings.items()):
-        yield Line(
-            case=case, setting=setting, way=way, timing=timing, faster=base / timing.p50 if at else None, more=more
-        )
 
 
 def row(options: Options) -> Iterator[Line]:
@@ -242,6 +208,7 @@ CASES: dict[str, Callable[[Options], Iterator[Line]]] = {
     "picture": picture,
     "update": update,
     "throughput": throughput,
+    "growth": growth,
     "host": host,
     "sae_rows": sae_rows,
 }
@@ -296,21 +263,24 @@ def _plain_picture(plain: PlainStep, plan: Any, prior: Prior, *, lam: float) -> 
     return x.float()
 
 
-def _update_arguments(batch: int, shape: tuple[int, ...]) -> dict[str, Tensor]:
+def _update_arguments(batch: int, shape: tuple[int, ...]) -> StepInputs:
     generator = torch.Generator().manual_seed(0)
-    pictures = (torch.randn(batch, *shape, generator=generator) for _ in range(4))
+    x, x0_hat, grad_a, history = (torch.randn(batch, *shape, generator=generator) for _ in range(4))
     whole, ones = torch.zeros(batch, dtype=torch.int64), torch.ones(batch)
-    return {
-        **dict(zip(("x", "x0_hat", "grad_a", "history"), pictures, strict=True)),
-        "table": torch.full((1, 2, 11), 0.3),
-        "num_rows": torch.tensor([2]),
-        "plan": whole,
-        "row": whole,
-        "ok": ones.bool(),
-        "drive": ones,
-        "strength": ones,
-        "guided": ones.bool(),
-        "key": torch.tensor([seed_key(0)]).expand(batch, 2).contiguous(),
-        "index": torch.arange(batch),
-        "particle": whole,
-    }
+    return StepInputs(
+        x=x,
+        x0_hat=x0_hat,
+        grad_a=grad_a,
+        history=history,
+        table=torch.full((1, 2, 11), 0.3),
+        num_rows=torch.tensor([2]),
+        plan=whole,
+        row=whole,
+        ok=ones.bool(),
+        drive=ones,
+        strength=ones,
+        guided=ones.bool(),
+        key=torch.tensor([seed_key(0)]).expand(batch, 2).contiguous(),
+        index=torch.arange(batch),
+        particle=whole,
+    )

@@ -19,7 +19,7 @@ al. 2025. Proof: tests/sampler/test_lifts.py.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -62,6 +62,11 @@ class Slots:
     index: Int[Tensor, "batch"]
     row: Int[Tensor, "batch"]
     particle: Int[Tensor, "batch"]
+
+    def of(self, part: slice) -> "Slots":
+        """Some of them."""
+        tensors = {name: each[part] for name, each in vars(self).items() if isinstance(each, Tensor)}
+        return replace(self, **tensors, readout=None if self.readout is None else self.readout[part])
 
     def phi(self, drive: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
         """phi(drive), each slot by its own log-tilt."""

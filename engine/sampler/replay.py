@@ -14,7 +14,7 @@ from torch import Tensor
 from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.runtime.graphs import GraphRunner, Graphs, StepOn
 from tiltscope.engine.sampler.lifts import Lift
-from tiltscope.engine.sampler.state import SLOT_TENSORS, HostRows, Need, Observation, Programme, SlotState
+from tiltscope.engine.sampler.state import SLOT_TENSORS, Need, Observation, Programme, SlotState
 from tiltscope.engine.sampler.tick import advance
 from tiltscope.kernels.implementation import Calls
 
@@ -113,13 +113,12 @@ class Replaying:
 
     def tick(self, calls: Calls | None = None) -> None:
         """Every slot by its own row. A kind that was not met before is captured first."""
-        needs = self.programme.needs(self._host)
+        needs, after = self.programme.ahead(self._host)
         kind = kind_of(needs, self.programme.lift)
         if not self._runner.captured(self._size, kind):
             self._runner.capture_one(self._size, kind, self._step(needs))
         self._runner.replay(self._size, kind, calls)
-        active = self.programme.kinds(self._host) >= 0
-        self._host = HostRows(plan=self._host.plan, row=self._host.row + active, tilted=self._host.tilted)
+        self._host = after
 
     @property
     def state(self) -> SlotState:

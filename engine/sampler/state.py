@@ -26,6 +26,7 @@ from tiltscope.kernels.implementation import Implementation
 from tiltscope.kernels.philox import normal
 
 CPU = torch.device("cpu")
+EVERY = slice(None)
 _SIGMA, _ALPHA = COLUMNS.index("sigma"), COLUMNS.index("alpha")
 
 
@@ -186,13 +187,12 @@ class Programme:
             return kinds
         return np.where((kinds >= 0) & ~host.tilted, np.int8(GraphKind.UNGUIDED), kinds)
 
-    def needs(self, host: HostRows) -> tuple[Need, ...]:
-        """What the next tick runs, one a network call."""
-        kinds = self.kinds(host)
+    def ahead(self, host: HostRows) -> tuple[tuple[Need, ...], HostRows]:
+        """What the next tick runs, one a network call, and the host's mirror after it."""
+        kinds, tilted = self.kinds(host), host.tilted
         size = self.bucket or len(kinds)
-        return tuple(
-            self._need(kinds[at : at + size], host.tilted[at : at + size]) for at in range(0, len(kinds), size)
-        )
+        needs = tuple(self._need(kinds[at : at + size], tilted[at : at + size]) for at in range(0, len(kinds), size))
+        return needs, HostRows(plan=host.plan, row=host.row + (kinds >= 0), tilted=tilted)
 
     def _need(self, kinds: NDArray[np.int8], tilted: NDArray[np.bool_]) -> Need:
         unguided = kinds == GraphKind.UNGUIDED
@@ -215,22 +215,23 @@ def guided_of(state: SlotState, programme: Programme) -> Bool[Tensor, "batch"]:
     return guided if programme.lift.moves_x0 else guided & (state.lam != 0)
 
 
-def slots_of(state: SlotState, programme: Programme, part: slice = slice(None)) -> Slots:
+def slots_of(state: SlotState, programme: Programme, part: slice = EVERY) -> Slots:
     """Some of the slots as a lift sees them."""
-    row = rows_of(state, programme)[part]
-    return Slots(
-        x=state.x[part],
+    row = rows_of(state, programme)
+    slots = Slots(
+        x=state.x,
         sigma=row[:, _SIGMA],
         alpha=row[:, _ALPHA],
-        readout=None if state.readout is None else state.readout[part],
-        lam=state.lam[part],
-        log_tilt=state.log_tilt[part],
+        readout=state.readout,
+        lam=state.lam,
+        log_tilt=state.log_tilt,
         log_tilts=programme.log_tilts,
-        key=state.key[part],
-        index=state.index[part],
-        row=state.row[part],
-        particle=state.particle[part],
+        key=state.key,
+        index=state.index,
+        row=state.row,
+        particle=state.particle,
     )
+    return slots if part == EVERY else slots.of(part)
 
 
 def per_slot(values: Tensor, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from tiltscope.engine.sampler.learned_noise import add_learned_noise
 from tiltscope.engine.sampler.particles import reweigh_after_move, weigh
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.sampler.state import (
+    EVERY,
     Need,
     Observation,
     Programme,
@@ -27,15 +28,16 @@ from tiltscope.engine.sampler.state import (
     slots_of,
 )
 from tiltscope.kernels.dispatch import guided_step
+from tiltscope.kernels.reference import StepInputs
 
 _NOISE = COLUMNS.index("c")
 
 
 def tick(state: SlotState, programme: Programme) -> tuple[SlotState, Observation]:
     """Advance every slot by its own row; slots that have done their plan, and slots that failed, stay as they are."""
-    after, seen = advance(state, programme, programme.needs(state.host))
-    active = programme.kinds(state.host) >= 0
-    return replace(after, host=replace(state.host, row=state.host.row + active)), seen
+    needs, host = programme.ahead(state.host)
+    after, seen = advance(state, programme, needs)
+    return replace(after, host=host), seen
 
 
 def advance(state: SlotState, programme: Programme, needs: Sequence[Need]) -> tuple[SlotState, Observation]:
@@ -57,7 +59,7 @@ def look(state: SlotState, programme: Programme, needs: Sequence[Need]) -> Sight
     size = programme.bucket or len(every)
     parts: list[Sight] = []
     for at, need in enumerate(needs):
-        part = slice(at * size, (at + 1) * size)
+        part = EVERY if len(needs) == 1 else slice(at * size, (at + 1) * size)
         guided, slots = every[part], slots_of(state, programme, part)
         x0_hat = grad = torch.zeros_like(slots.x)
         activation = drive = log_twist = torch.full_like(slots.lam, torch.nan)
@@ -79,7 +81,8 @@ def look(state: SlotState, programme: Programme, needs: Sequence[Need]) -> Sight
             drive = torch.where(guided, push.drive, drive)
             log_twist = torch.where(guided, push.log_twist, log_twist)
             grad, strength = push.grad, push.strength
-        log_twist = torch.where(slots.lam == 0, 0.0, log_twist)
+        if programme.particles > 1:
+            log_twist = torch.where(slots.lam == 0, 0.0, log_twist)
         parts.append(Sight(x0_hat, activation, drive, grad, strength, log_twist, guided, v))
     return parts[0] if len(parts) == 1 else Sight(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
@@ -88,25 +91,25 @@ def move(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotStat
     """x' and H' of the table for every slot that still has a row to do."""
     dtype, asked = state.x.dtype, programme.kernels
     x0_hat, grad = (_dense(each) if asked == "triton" else each for each in (sight.x0_hat, sight.grad))
-    moved = guided_step(
-        state.x,
-        x0_hat,
-        grad,
-        state.history,
-        programme.coefficients,
-        programme.num_rows,
-        state.plan,
-        state.row,
-        state.ok,
+    inputs = StepInputs(
+        x=state.x,
+        x0_hat=x0_hat,
+        grad_a=grad,
+        history=state.history,
+        table=programme.coefficients,
+        num_rows=programme.num_rows,
+        plan=state.plan,
+        row=state.row,
+        ok=state.ok,
         # A drive that is not a number has a gradient of 0 or anything: it counts as a failure of its own.
-        sight.drive.to(dtype),
-        sight.strength.to(dtype),
-        sight.guided,
-        state.key,
-        state.index,
-        state.particle,
-        implementation=asked,
+        drive=sight.drive.to(dtype),
+        strength=sight.strength.to(dtype),
+        guided=sight.guided,
+        key=state.key,
+        index=state.index,
+        particle=state.particle,
     )
+    moved = guided_step(inputs, implementation=asked)
     moved = add_learned_noise(state, moved, sight.v, programme)
     after = replace(state, x=moved.x, history=moved.history, row=moved.row, ok=moved.ok)
     if programme.particles > 1:

@@ -1,15 +1,16 @@
 """What is timed was checked first, ways take turns, and the plain baseline computes the engine's own numbers."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 import tiltscope
-from tiltscope.engine.bench import cases
+from tiltscope.engine.bench import cases, growth
 from tiltscope.engine.bench.plain import PlainStep
-from tiltscope.engine.bench.timing import interleave
+from tiltscope.engine.bench.timing import Timing, interleave
 from tiltscope.engine.cli.main import run
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.readout import read
@@ -111,3 +112,21 @@ def test_wrong_requests_exit_with_two(words, said, capsys):
 def test_batches_of_the_options_decide_the_settings(options):
     lines = list(cases.host(replace(options, batches=(1, 3))))
     assert [line.setting for line in lines] == ["batch 1", "batch 3"]
+
+
+def test_growth_tells_the_exponent_of_times_over_each_size(options, monkeypatch):
+    monkeypatch.setattr(growth, "BATCHES", (1, 2))
+    monkeypatch.setattr(growth, "ROWS", (2, 4))
+    monkeypatch.setattr(growth, "FEATURES", (1, 2))
+    lines = list(growth.growth(options))
+    assert [line.setting for line in lines] == ["batch 1", "batch 2", "rows 2", "rows 4", "features 1", "features 2"]
+    for first, second in zip(lines[::2], lines[1::2], strict=True):
+        expected = math.log2(second.timing.p50 / first.timing.p50)
+        assert first.more["exponent"] == second.more["exponent"] == pytest.approx(expected)
+
+
+def test_the_exponent_is_that_of_the_law_behind_the_times():
+    def took(ms):
+        return Timing(p20=ms, p50=ms, p80=ms, turns=5, first_ms=ms)
+
+    assert growth.exponent({n: took(3.0 * n**0.8) for n in (1, 2, 4, 8)}) == pytest.approx(0.8)

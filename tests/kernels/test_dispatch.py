@@ -9,6 +9,7 @@ from kernel_cases import guided_case
 
 import tiltscope
 from tiltscope.kernels import dispatch, implementation, reference
+from tiltscope.kernels.reference import StepInputs
 
 CASE = guided_case(4, (3, 6, 5))
 
@@ -50,13 +51,13 @@ REFUSED = [
 def test_a_wrong_argument_is_a_config_error_that_names_it(name, change, says):
     case = CASE._replace(**{name: change(getattr(CASE, name))})
     with pytest.raises(tiltscope.errors.ConfigError) as refused:
-        dispatch.guided_step(*case)
+        dispatch.guided_step(case)
     assert str(refused.value).startswith(f"{name}: got ")
     assert says in str(refused.value)
 
 
 def test_a_slot_that_has_done_its_plan_is_not_past_it():
-    done = dispatch.guided_step(*CASE._replace(row=CASE.num_rows[CASE.plan]))
+    done = dispatch.guided_step(CASE._replace(row=CASE.num_rows[CASE.plan]))
     assert torch.equal(done.x, CASE.x)
 
 
@@ -78,18 +79,18 @@ def test_what_only_the_kernel_cannot_take_is_named_too(monkeypatch, name, change
     elif change is not None:
         case = CASE._replace(**{name: change(getattr(CASE, name))})
     with pytest.raises(tiltscope.errors.ConfigError, match=f"^{name}: got .*") as refused:
-        dispatch.guided_step(*case, ticket=ticket, implementation="triton")
+        dispatch.guided_step(case, ticket=ticket, implementation="triton")
     assert says in str(refused.value)
 
 
 def test_an_implementation_that_is_none_is_refused_with_those_there_are():
     with pytest.raises(tiltscope.errors.ConfigError, match="'cuda', allowed are reference, native, compiled, triton"):
-        dispatch.guided_step(*CASE, implementation="cuda")  # type: ignore[arg-type]
+        dispatch.guided_step(CASE, implementation="cuda")  # type: ignore[arg-type]
 
 
 def test_triton_without_a_device_is_refused_and_never_becomes_the_reference():
     with dispatch.count_calls() as calls, pytest.raises(tiltscope.errors.RunnerError, match="run on a CUDA device"):
-        dispatch.guided_step(*CASE, implementation="triton")
+        dispatch.guided_step(CASE, implementation="triton")
     assert not calls
 
 
@@ -99,7 +100,7 @@ def test_triton_that_is_not_installed_is_refused_with_the_extra_to_install(monke
         implementation.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name)
     )
     with pytest.raises(tiltscope.errors.RunnerError, match=r"pip install 'tiltscope\[triton\]'"):
-        dispatch.guided_step(*CASE, implementation="triton")
+        dispatch.guided_step(CASE, implementation="triton")
 
 
 def test_compiled_without_a_compiler_is_refused(monkeypatch):
@@ -114,7 +115,7 @@ def test_compiled_without_a_compiler_is_refused(monkeypatch):
     implementation.require_compiler.cache_clear()
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     with pytest.raises(tiltscope.errors.RunnerError, match="need a C\\+\\+ compiler"):
-        dispatch.guided_step(*CASE, implementation="compiled")
+        dispatch.guided_step(CASE, implementation="compiled")
 
 
 COMPILED = """
@@ -125,10 +126,10 @@ from tiltscope.kernels import dispatch
 
 case = guided_case(7, (3, 6, 7))
 with dispatch.count_calls() as calls:
-    together = dispatch.guided_step(*case, implementation="compiled")
+    together = dispatch.guided_step(case, implementation="compiled")
 assert dict(calls) == {("guided_step", "compiled"): 1}
 check_guided_step(together, case)
-alone = dispatch.guided_step(*case.slots(torch.tensor([4])), implementation="compiled")
+alone = dispatch.guided_step(case.slots(torch.tensor([4])), implementation="compiled")
 assert all(torch.equal(mine[0], theirs[4]) for mine, theirs in zip(alone, together, strict=True))
 """
 
@@ -146,10 +147,10 @@ def test_the_reference_needs_no_triton():
 
 def test_calls_are_counted_where_they_are_asked_for_and_nested():
     with dispatch.count_calls() as outer:
-        dispatch.guided_step(*CASE)
+        dispatch.guided_step(CASE)
         with dispatch.count_calls() as inner:
             dispatch.resample(torch.zeros(2, 4), torch.full((2,), 0.5))
-    dispatch.guided_step(*CASE)
+    dispatch.guided_step(CASE)
     assert dict(inner) == {("resample", "reference"): 1}
     assert dict(outer) == {("guided_step", "reference"): 1, ("resample", "reference"): 1}
 
@@ -172,7 +173,7 @@ def test_resample_is_a_well_formed_op():
 
 def test_the_op_is_the_definition_bit_for_bit():
     for case in (CASE, CASE.to(torch.float64), CASE.network_in(torch.bfloat16)):
-        got, expected = dispatch.guided_step(*case), reference.guided_step(*case)
+        got, expected = dispatch.guided_step(case), reference.guided_step(case)
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
 
 
@@ -183,9 +184,9 @@ def test_compile_traces_through_an_op_as_one_node_and_counts_what_runs():
         graphs.append(graph)
         return graph.forward
 
-    step = torch.compile(lambda *case: dispatch.guided_step(*case).x * 2, fullgraph=True, backend=keep)
+    step = torch.compile(lambda *fields: dispatch.guided_step(StepInputs(*fields)).x * 2, fullgraph=True, backend=keep)
     with dispatch.count_calls() as calls:
         got = step(*CASE)
-    assert torch.equal(got, dispatch.guided_step(*CASE).x * 2)
+    assert torch.equal(got, dispatch.guided_step(CASE).x * 2)
     assert [str(node.target) for node in graphs[0].graph.nodes].count("tiltscope.guided_step") == 1
     assert dict(calls) == {("guided_step", "reference"): 1}

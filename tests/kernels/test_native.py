@@ -25,15 +25,15 @@ def test_every_output_is_the_definitions_bit_for_bit(shape, dtype):
     for batch in (1, 9):
         case = guided_case(batch, shape).to(dtype)
         with dispatch.count_calls() as calls:
-            got = dispatch.guided_step(*case, implementation="native")
-        assert same(got, reference.guided_step(*case))
+            got = dispatch.guided_step(case, implementation="native")
+        assert same(got, reference.guided_step(case))
         assert dict(calls) == {("guided_step", "native"): 1}
 
 
 @pytest.mark.parametrize("network", [torch.bfloat16, torch.float16])
 def test_what_networks_return_in_16_bits_is_widened_first(network):
     case = guided_case(4, (3, 6, 5)).network_in(network)
-    assert same(dispatch.guided_step(*case, implementation="native"), reference.guided_step(*case))
+    assert same(dispatch.guided_step(case, implementation="native"), reference.guided_step(case))
 
 
 def test_pictures_that_do_not_lie_in_a_row_are_read_as_they_are_meant_and_come_back_as_x_lies():
@@ -41,8 +41,8 @@ def test_pictures_that_do_not_lie_in_a_row_are_read_as_they_are_meant_and_come_b
     last = guided_case(4, (3, 6, 5)).pictures(lambda t: t.contiguous(memory_format=torch.channels_last))
     for case, ran in ((last._replace(grad_a=last.grad_a.contiguous()), "native"), (last, "reference")):
         with dispatch.count_calls() as calls:
-            got = dispatch.guided_step(*case, implementation="native")
-        assert same(got, reference.guided_step(*case))
+            got = dispatch.guided_step(case, implementation="native")
+        assert same(got, reference.guided_step(case))
         assert got.x.stride() == case.x.stride()
         assert dict(calls) == {("guided_step", ran): 1}
 
@@ -51,8 +51,8 @@ def test_pictures_that_do_not_lie_in_a_row_are_read_as_they_are_meant_and_come_b
 def test_a_slot_that_fails_keeps_its_state_as_the_definition_says(name, place):
     case = guided_case(3, (3, 2, 5))
     getattr(case, name)[0].view(-1)[place] = torch.inf
-    got = dispatch.guided_step(*case, implementation="native")
-    assert same(got, reference.guided_step(*case))
+    got = dispatch.guided_step(case, implementation="native")
+    assert same(got, reference.guided_step(case))
     assert got.ok.tolist() == [False, True, True]
     assert torch.equal(got.x[0], case.x[0])
 
@@ -65,7 +65,7 @@ from kernel_cases import guided_case
 from tiltscope.kernels import native, reference
 torch.set_num_threads(3)
 case = guided_case(5, (3, 70, 64))
-assert all(torch.equal(*each) for each in zip(native.guided_step(*case), reference.guided_step(*case)))
+assert all(torch.equal(*each) for each in zip(native.guided_step(case), reference.guided_step(case)))
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
@@ -85,7 +85,7 @@ def test_without_a_compiler_it_is_refused_with_what_to_do(fresh, monkeypatch, tm
     with pytest.raises(
         RunnerError, match=r"need a C\+\+ compiler: install g\+\+ or clang\+\+, or use kernels 'reference'"
     ):
-        dispatch.guided_step(*guided_case(1, (4,)), implementation="native")
+        dispatch.guided_step(guided_case(1, (4,)), implementation="native")
 
 
 def test_a_compiler_that_fails_is_named(fresh, monkeypatch, tmp_path):

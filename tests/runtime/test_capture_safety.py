@@ -239,11 +239,11 @@ def test_the_definitions_behind_the_opaque_ops_may_be_captured():
     }
 
     def step(held, given):
-        moved = reference.guided_step(
-            held["x"], held["x0_hat"], held["grad_a"], held["history"], given["table"], given["num_rows"], given["plan"],
-            held["row"], held["ok"], given["per_slot"], given["per_slot"], given["guided"], given["key"], given["plan"],
-            given["plan"],
-        )  # fmt: skip
+        pictures = [held[name] for name in ("x", "x0_hat", "grad_a", "history")]
+        plans = [given[name] for name in ("table", "num_rows", "plan")]
+        scalars = [held["row"], held["ok"], given["per_slot"], given["per_slot"], given["guided"]]
+        noise = [given["key"], given["plan"], given["plan"]]
+        moved = reference.guided_step(reference.StepInputs(*pictures, *plans, *scalars, *noise))
         found = reference.resample(held["log_weight"], held["u"])
         named = {"x": moved.x, "history": moved.history, "row": moved.row, "ok": moved.ok, "ancestor": found.ancestor}
         return {name: held[name].copy_(made) for name, made in named.items()}

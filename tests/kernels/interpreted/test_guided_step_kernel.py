@@ -11,7 +11,7 @@ SLOTS = 7  # one of each kind: guided, unguided, done, failed before
 
 
 def step(case, **options):
-    return dispatch.guided_step(*case, implementation="triton", **options)
+    return dispatch.guided_step(case, implementation="triton", **options)
 
 
 @pytest.mark.parametrize("n", [1, 3, 17, 1023, 4097])
@@ -136,14 +136,14 @@ def test_a_ticket_is_left_as_it_was_found_and_arguments_are_not_written_to():
 def test_rows_that_do_not_exist_read_no_memory_outside_the_table_and_move_nothing():
     # The wrapper itself: on a device nobody looks at the values first.
     case = guided_case(4, (5,))._replace(row=torch.tensor([-1, 10**12, 2, 0]), plan=torch.tensor([0, 0, 9, -1]))
-    got = kernel.guided_step(*case)
+    got = kernel.guided_step(case)
     assert torch.equal(got.x, case.x)
     assert torch.equal(got.row, case.row)
 
 
 def test_the_kernel_is_as_near_to_the_definition_as_torch_in_float32():
     case = guided_case(3, (1023,))
-    mine, torchs = errors_of(step(case), case), errors_of(dispatch.guided_step(*case), case)
+    mine, torchs = errors_of(step(case), case), errors_of(dispatch.guided_step(case), case)
     assert all(mine[name] <= 2 * torchs[name] + 1e-7 for name in mine), (mine, torchs)
 
 
@@ -151,7 +151,7 @@ def test_calls_are_counted_by_what_ran():
     case = guided_case(1, (3,))
     with dispatch.count_calls() as calls:
         step(case)
-        dispatch.guided_step(*case)
+        dispatch.guided_step(case)
         step(case)
     assert dict(calls) == {("guided_step", "triton"): 2, ("guided_step", "reference"): 1}
 
