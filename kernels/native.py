@@ -110,7 +110,7 @@ def _trial(dtype: torch.dtype) -> StepInputs:
     some = torch.tensor([0.5, torch.nan, 2.0], dtype=dtype)
     slots = [torch.tensor([5, 3]), slot % 2, slot, slot >= 0, some, some.nan_to_num(), slot != 1]
     key = torch.stack([slot + 2**31, slot * 7], 1)
-    return StepInputs(*pictures, table, *slots, key, slot * 2**29, slot * 65535 // 2)
+    return StepInputs._make([*pictures, table, *slots, key, slot * 2**29, slot * 65535 // 2])
 
 
 def _built() -> Path:

@@ -33,7 +33,7 @@ class StepInputs(NamedTuple):
     strength: Float[Tensor, "batch"]
     guided: Bool[Tensor, "batch"]
     key: Int[Tensor, "batch 2"]
-    index: Int[Tensor, "batch"]
+    index: Int[Tensor, "batch"]  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody looks a tensor up in it
     particle: Int[Tensor, "batch"]
 
 

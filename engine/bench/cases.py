@@ -109,8 +109,8 @@ def update(options: Options) -> Iterator[Line]:
                     case="update", setting=f"batch {batch}", way=name, timing=None, refused=str(error).partition(";")[0]
                 )
                 continue
-            ways[name] = partial(guided_step, **arguments, implementation=name)
-        moved = 6 * 4 * arguments["x"].numel()
+            ways[name] = partial(guided_step, arguments, implementation=name)
+        moved = 6 * 4 * arguments.x.numel()
         yield from lines("update", f"batch {batch}", ways, options, bound_ms=1e-6 * moved / peak)
 
 

@@ -64,6 +64,13 @@ def test_a_case_times_every_way_beside_its_baseline(options, case):
         assert lines[1].faster == lines[0].timing.p50 / lines[1].timing.p50
 
 
+def test_the_update_is_timed_by_every_implementation_that_is_here(options):
+    lines = list(cases.update(options))
+    timed = {line.way for line in lines if line.timing is not None}
+    assert {"reference", "native"} <= timed
+    assert all(line.refused for line in lines if line.way not in timed)
+
+
 def test_one_row_of_a_convolutional_encoder_is_its_latent(options):
     lines = list(cases.sae_rows(options, encoder=(8, 24, 3, 6)))
     assert [line.way for line in lines] == ["encoder", "row"]
