@@ -34,8 +34,7 @@ from tiltscope.engine.files import VerifiedFolder, read_json
 from tiltscope.engine.pool import Pool
 from tiltscope.engine.prior.decoder import FILES as DECODER_FILES
 from tiltscope.engine.prior.decoder import Decoder, load_decoder
-from tiltscope.engine.prior.load import FILES as PRIOR_FILES
-from tiltscope.engine.prior.load import load_denoiser
+from tiltscope.engine.prior.load import files_of, load_denoiser
 from tiltscope.engine.prior.prior import Prior
 
 if TYPE_CHECKING:
@@ -88,8 +87,6 @@ class Bundle:
         self.name: str = self._get(self.meta, "name", str)
         self.files = VerifiedFolder(path, self._get(self.meta, "files", dict))
         self._trunks: dict[str, Trunk] = {}
-        self._bare: dict[str, Trunk] = {}
-        self._pictures: dict[str, Trunk] = {}
         self._rescaled: dict[str, Trunk] = {}
         self._features: dict[str, Feature] = {}
 
@@ -134,19 +131,22 @@ class Bundle:
         """The bundle's prior, float32. Raises BundleError."""
         section = self._get(self.meta, "prior", dict)
         path = self._get(section, "path", str)
+        kind = self._get(section, "kind", str)
+        names = files_of(kind)
         denoiser = load_denoiser(
-            self.files.subfolder(path, PRIOR_FILES),
-            kind=self._get(section, "kind", str),
+            self.files.subfolder(path, names),
+            kind=kind,
             shape=self.shape,
             pixel_unshuffle=self._get(section, "pixel_unshuffle", int),
             stated=section,
         )
-        weights = self.files.digest(path, PRIOR_FILES[1])
-        identity = f"sha256:{weights}"
+        # With the weights, what else is no configuration: the prompt's tokens.
+        digests = [self.files.digest(path, name) for name in names if name.endswith(".safetensors")]
         if self.decoder is not None:
             # Two bundles with one denoiser and different decoders draw different pictures.
-            decoder = self.files.digest(self._get(section["decoder"], "path", str), DECODER_FILES[1])
-            identity = "sha256:" + hashlib.sha256(f"{weights} {decoder}".encode()).hexdigest()
+            digests.append(self.files.digest(self._get(section["decoder"], "path", str), DECODER_FILES[1]))
+        joined = digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+        identity = f"sha256:{joined}"
         return Prior.from_network(
             denoiser, shape=self.shape, name=self.name, identity=identity, pool=self.pool, decoder=self.decoder
         )
@@ -207,22 +207,10 @@ class Bundle:
                 )
             size = self._image_size(section)
             trunk = load_trunk(folder, hook, image_size=size)
-            self._bare[hook] = trunk
             if self.decoder is not None or self.shape[1:] != size:
                 trunk = DecodedTrunk(trunk, shape=self.shape, decoder=self.decoder)
             self._trunks[hook] = trunk
         return self._trunks[hook]
-
-    def picture_trunk(self, hook: str) -> Trunk:
-        """The trunk up to `hook` for pictures of the pool, whatever the prior's samples are; shares the weights of `trunk`."""
-        trunk = self.trunk(hook)
-        if self.decoder is None:
-            return trunk
-        if hook not in self._pictures:
-            bare = self._bare[hook]
-            same = bare.image_size == self.picture_shape[1:]
-            self._pictures[hook] = bare if same else DecodedTrunk(bare, shape=self.picture_shape)
-        return self._pictures[hook]
 
     def _image_size(self, section: Mapping[str, Any]) -> tuple[int, int]:
         """[height, width] that the trunk reads: its own image_size in bundle.json, else the pictures'."""
@@ -267,7 +255,7 @@ class Bundle:
         """Raises BundleError where trunk and autoencoder do not answer as they did when the bundle was made."""
         stored = self.meta.get("reference_activations", {})
         if hook in stored:
-            trunk = self.picture_trunk(hook)
+            trunk = self.trunk(hook).on_pictures()
             check(self.files.file(self._get(stored, hook, str)), trunk.rescaled() if sae.rescales else trunk, sae)
 
     def feature(self, text: str) -> Feature:
@@ -353,8 +341,11 @@ class Bundle:
         return load_evaluator(self.files.subfolder(self._get(section, "path", str), EVALUATOR_FILES))
 
     def latents(self, x0: Float[Tensor, "batch 3 height width"], hook: str) -> Float[Tensor, "batch latents"]:
-        """Pooled (centre) activations of ALL latents of the hook's autoencoder, float32, by the code that sampling runs."""
-        trunk = self._sae_trunk(hook)
+        """Pooled (centre) activations of ALL latents of the hook's autoencoder, float32, by the code that sampling runs.
+
+        x0: pictures, also where the prior's samples are latents of such.
+        """
+        trunk = self._sae_trunk(hook).on_pictures()
         with torch.no_grad():
             return self.sae(hook).latents(trunk(x0), trunk)
 

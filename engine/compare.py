@@ -24,7 +24,7 @@ from tiltscope.engine.errors import CalibrationError, NonFiniteError
 from tiltscope.engine.explain import Inquiry, actmax_answer, inquire, pool_answer
 from tiltscope.engine.prior.likelihood import bits_per_dim
 from tiltscope.engine.report.manifest import complete
-from tiltscope.engine.report.metrics import embed, measure, vendi_score
+from tiltscope.engine.report.metrics import embed, measure, pictures_of, vendi_score
 from tiltscope.engine.report.robustness import robustness
 from tiltscope.engine.sample import Run, check_any_finite
 from tiltscope.engine.samples import Samples, join
@@ -251,12 +251,14 @@ def _measure(
 def _measured(
     samples: Samples, inquiry: Inquiry, answer: str, config: CompareConfig, members: NDArray[np.int64] | None = None
 ) -> dict[str, float | None]:
-    bundle, feature, x0 = inquiry.bundle, inquiry.feature, samples.x0[samples.ok]
+    bundle, pictures = inquiry.bundle, pictures_of(samples, answer, inquiry.bundle)
     metrics = _measure(samples, inquiry, answer, members)
-    left = robustness(feature, x0, natural_mean=float(inquiry.natural.mean()))
+    left = robustness(inquiry.feature.on_pictures(), pictures, natural_mean=float(inquiry.natural.mean()))
     metrics |= {f"robustness_{name}": value for name, value in left.items()}
-    metrics["vendi"] = None if bundle.meta.get("evaluator") is None else vendi_score(embed(bundle, x0))
-    bits = bits_per_dim(bundle.prior, x0, seed=config.seed) if config.likelihood else None
+    metrics["vendi"] = None if bundle.meta.get("evaluator") is None else vendi_score(embed(bundle, pictures))
+    # The density of latents is none of pictures, and a rival's pictures have no latents.
+    asked = config.likelihood and bundle.decoder is None
+    bits = bits_per_dim(bundle.prior, pictures, seed=config.seed) if asked else None
     metrics["bits_per_dim"] = None if bits is None else float(torch.mean(bits))
     return metrics
 

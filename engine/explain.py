@@ -24,6 +24,7 @@ from tiltscope.engine.choice import parse_choice
 from tiltscope.engine.config import ExplainConfig, SampleConfig
 from tiltscope.engine.errors import CalibrationError, ConfigError
 from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.prior.prior import to_pixels
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.report.metrics import measure, prior_warning
 from tiltscope.engine.sample import OnStep, Run, check_any_finite, failures, prepare
@@ -130,6 +131,11 @@ def inquire(bundle: Bundle, feature: Feature | str, config: ExplainConfig) -> In
             "lam: with guidance constant it is a scale, which has no target; give a target, or use sample"
         )
     feature = bundle.feature(feature) if isinstance(feature, str) else feature
+    if bundle.decoder is not None and feature.trunk is None:
+        raise ConfigError(
+            f"feature {feature.name} is a function of the prior's latents, and the rivals are pictures; give a feature of the "
+            "bundle, or use sample"
+        )
     log_tilt: LogTilt = parse_choice(config.log_tilt, LOG_TILTS, "log_tilt")
     natural = bundle.pool.activations(feature)
     target, calibration = _target(config, natural, log_tilt)
@@ -216,7 +222,9 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart |
         if missed:
             notes["actmax"] = missed
     answers = {"tilt": tilt, "topk": topk, "hard": hard_samples, "actmax": actmax}
-    answers = {name: replace(each, heat=_heat(feature, each)) for name, each in answers.items()}
+    # The rivals are pictures whatever the prior's samples are.
+    reads = {name: feature if name == "tilt" else feature.on_pictures() for name in answers}
+    answers = {name: replace(each, heat=_heat(reads[name], each)) for name, each in answers.items()}
     seconds = {"tilt": watch.seconds["tilt"], "topk": None, "hard": None, "actmax": watch.seconds["actmax"]}
     with watch("metrics"):
         metrics = {
@@ -269,7 +277,7 @@ def pool_answer(inquiry: Inquiry, chosen: NDArray[np.int64]) -> Samples:
     pool, num = inquiry.bundle.pool, len(chosen)
     x0 = pool.x0(chosen)
     activation = torch.from_numpy(inquiry.natural[chosen]).to(torch.float32)
-    _, drive = inquiry.feature.activation_and_drive(x0)
+    _, drive = inquiry.feature.on_pictures().activation_and_drive(x0)
     none = torch.zeros(num, dtype=torch.int64)
     return Samples(
         feature=inquiry.feature.name,
@@ -295,22 +303,22 @@ def actmax_answer(
 
     phase_only: under the mean magnitude spectrum of the pool (MaCo).
     """
-    run, pool = inquiry.run, inquiry.bundle.pool
+    run, pool, feature = inquiry.run, inquiry.bundle.pool, inquiry.feature.on_pictures()
     magnitude = natural_magnitude(pool.x0(range(min(pool.num, MAGNITUDE_NUM)))) if phase_only else None
     found = activation_maximisation(
-        sign * inquiry.feature,
-        shape=run.prior.shape,
+        sign * feature,
+        shape=inquiry.bundle.picture_shape,
         num=run.config.num,
         target_mean=sign * reached,
         seed=run.config.seed,
         magnitude=magnitude,
     )
     num = run.config.num
-    activation, drive = (each.detach() for each in inquiry.feature.activation_and_drive(found.x0))
+    activation, drive = (each.detach() for each in feature.activation_and_drive(found.x0))
     samples = Samples(
         feature=inquiry.feature.name,
         x0=found.x0,
-        images=run.prior.to_images(found.x0),
+        images=to_pixels(found.x0),
         activation=activation,
         drive=drive,
         lam=torch.full((num,), torch.nan),

@@ -197,6 +197,7 @@ class Pool:
         return table.column(0).to_numpy().astype(np.float64)
 
     def _run(self, feature: Feature) -> NDArray[np.float64]:
+        feature = feature.on_pictures()
         dtype = torch.float32 if feature.trunk is None else feature.trunk.dtype
         check_activation(feature, self._shape, dtype)
         batches = [range(start, min(start + BATCH, self.num)) for start in range(0, self.num, BATCH)]

@@ -163,3 +163,51 @@ def normalised(x0: Tensor) -> Tensor:
     """What transformers' models take."""
     mean, std = (torch.tensor(v, dtype=x0.dtype).view(1, 3, 1, 1) for v in (MEAN, STD))
     return ((x0 + 1) / 2 - mean) / std
+
+
+# Stable Diffusion 1.5's form: attention to a prompt in every block but the innermost, SD's schedule.
+SD_UNET = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 12,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+SD_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SD_TEXT = {
+    "hidden_size": 12,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "projection_dim": 12,
+    "max_position_embeddings": 77,
+}
+
+
+def write_stable_diffusion(folder: Path, **changes: Any) -> Any:
+    """A whole StableDiffusionPipeline: U-Net, KL autoencoder, text encoder, tokenizer, scheduler, as the library saves it."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    letters = [chr(code) for code in range(97, 123)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    ids = {"vocab_size": len(words), "bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
+    tokenizer = CLIPTokenizer(vocab={word: at for at, word in enumerate(words)}, merges=[], model_max_length=77)
+    text = fill(_made(CLIPTextModel, CLIPTextConfig(**SD_TEXT, **ids)), seed=5)
+    pipeline = StableDiffusionPipeline(
+        vae=fill(_made(AutoencoderKL, **KL), seed=6),
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=fill(_made(UNet2DConditionModel, **(SD_UNET | changes)), seed=7),
+        scheduler=PNDMScheduler(**SD_SCHEDULE, skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return pipeline

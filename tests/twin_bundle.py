@@ -2,25 +2,36 @@
 
 build_twin(folder, "energydps")   ADM-like U-Net with a learned variance, DINOv3 ConvNeXt, 7x7 convolutional autoencoder on tokens
                                   of one length: the published set-up in small
-build_twin(folder, "latent")      DiT on latents with a KL decoder, DINOv3 ViT at another size than the pictures
+build_twin(folder, "vitl_sit")    a flow's transformer on latents with a KL decoder, DINOv3 ViT at another size than the pictures
+build_twin(folder, "vitb_sd15")   Stable Diffusion's U-Net at the empty prompt, its KL decoder, DINOv3 ViT
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny_bundle import describe, draw_pictures, write_evaluator, write_feature_table, write_pool
-from tiny_models import LINEAR, write_convnext, write_dit, write_kl, write_unet, write_vit
+from tiny_models import (
+    LINEAR,
+    write_convnext,
+    write_dit,
+    write_kl,
+    write_stable_diffusion,
+    write_unet,
+    write_vit,
+)
 from torch import Tensor
 
+from tiltscope.engine.bundling.parts import find_prior
 from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.feature.sae import load_sae
 from tiltscope.engine.feature.trunk import load_trunk
 
 NUM_LATENTS = 8
-HOOKS = {"energydps": "stages.2.1", "latent": "blocks.2"}
+HOOKS = {"energydps": "stages.2.1", "vitl_sit": "blocks.2", "vitb_sd15": "blocks.2"}
 
 
 def _write_sae(path: Path, trunk: Trunk, x0: Tensor, window: tuple[int, ...]) -> None:
@@ -59,7 +70,7 @@ def _saved(path: Path, weight: Tensor, bias: Tensor) -> Path:
 @torch.no_grad()
 def build_twin(folder: Path, which: str) -> Path:
     """Write the bundle into `folder` (made if need be) and return it."""
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     folder.mkdir(parents=True, exist_ok=True)
     pixels, names = draw_pictures()
@@ -76,10 +87,19 @@ def build_twin(folder: Path, which: str) -> Path:
         sae |= {"token_length": "sqrt_width"}
         size, window = (64, 64), (7, 7)
     else:
-        write_dit(folder / "prior", sample_size=32)
-        write_kl(folder / "vae")
+        if which == "vitl_sit":
+            write_dit(folder / "prior", FlowMatchEulerDiscreteScheduler(), sample_size=32)
+            write_kl(folder / "vae")
+            prior |= {"kind": "diffusers_dit", "shape": [4, 32, 32], "decoder": {"path": "vae"}}
+        else:
+            with TemporaryDirectory() as pipeline:
+                write_stable_diffusion(Path(pipeline), sample_size=32)
+                parts = find_prior(Path(pipeline), decoder=None, pixel_unshuffle=1)
+                for part in parts:
+                    assert part is not None
+                    part.copy(folder)
+                prior = dict(parts[0].section)
         write_vit(folder / "trunk")
-        prior |= {"kind": "diffusers_dit", "shape": [4, 32, 32], "decoder": {"path": "vae"}}
         trunk_section = {"kind": "dinov3_vit", "path": "trunk", "image_size": [32, 32]}
         trunk = load_trunk(folder / "trunk", hook, image_size=(32, 32))
         size, window = (32, 32), ()

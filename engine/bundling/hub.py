@@ -1,6 +1,6 @@
 """A model's folder by its name on the Hugging Face Hub: fetched once into that library's own cache, and refused with what to do.
 
-Only JSON and safetensors are asked for. Licences are accepted by people, on the model's page; here it is said where.
+Only JSON, safetensors and a tokenizer's table are asked for. Licences are accepted by people, on the model's page; here it is said where.
 """
 
 import re
@@ -9,7 +9,8 @@ from pathlib import Path
 from tiltscope.engine.errors import BundleError, ConfigError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-PATTERNS = ("*.json", "*.safetensors")
+# Text besides: a tokenizer's merges.
+PATTERNS = ("*.json", "*.safetensors", "*merges.txt")
 
 
 def local_folder(path: Path, what: str) -> Path:

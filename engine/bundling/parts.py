@@ -4,12 +4,17 @@ What a folder holds is read from its own files; what is said on the command line
 do not say. Knows files and configurations; must not know pictures.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from tiltscope.engine.bundling.autoencoders import Autoencoder
+from tiltscope.engine.bundling.prompt import empty_prompt, prompt_sources
 from tiltscope.engine.bundling.weights import copy_file, copy_weights, weight_files
 from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.feature.trunk import ARCHITECTURES
@@ -18,9 +23,14 @@ from tiltscope.engine.files import read_json
 from tiltscope.engine.prior.decoder import FILES as DECODER_FILES
 from tiltscope.engine.prior.decoder import KINDS as DECODERS
 from tiltscope.engine.prior.load import FILES as PRIOR_FILES
+from tiltscope.engine.prior.prompted import PROMPT, check_config
 
 # config.json's _class_name -> bundle.json's prior.kind.
-PRIOR_KINDS = {"UNet2DModel": "diffusers_unet2d", "DiTTransformer2DModel": "diffusers_dit"}
+PRIOR_KINDS = {
+    "UNet2DModel": "diffusers_unet2d",
+    "DiTTransformer2DModel": "diffusers_dit",
+    "UNet2DConditionModel": "diffusers_unet2d_condition",
+}
 # Where a diffusers pipeline keeps its network.
 _NETWORKS = ("unet", "transformer")
 
@@ -35,10 +45,15 @@ class Part:
     weights: tuple[str, tuple[Path, ...]]
     section: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """what bundle.json says of it"""
+    made: Mapping[str, Callable[[], Mapping[str, Tensor]]] = field(
+        default_factory=dict[str, Callable[[], Mapping[str, Tensor]]]
+    )
+    """safetensors files that are computed rather than copied"""
+    made_from: tuple[Path, ...] = ()
 
     @property
     def sources(self) -> list[Path]:
-        return [*self.copied.values(), *self.weights[1]]
+        return [*self.copied.values(), *self.weights[1], *self.made_from]
 
     def copy(self, out: Path) -> None:
         """Into the bundle `out`; a file that is there is whole, so it stays."""
@@ -49,6 +64,11 @@ class Part:
         name, sources = self.weights
         if not (folder / name).is_file():
             copy_weights(list(sources), folder / name)
+        for name, make in self.made.items():
+            if not (folder / name).is_file():
+                temporary = folder / f".{name}.part"
+                save_file(dict(make()), temporary)
+                os.replace(temporary, folder / name)
 
 
 def find_decoder(folder: Path) -> Part:
@@ -102,11 +122,20 @@ def find_prior(folder: Path, *, decoder: Path | None, pixel_unshuffle: int) -> t
     }
     if found is not None:
         section["decoder"] = found.section
+    copied = {config: network / config, scheduler: schedule}
+    told: list[Path] = []
+    if kind == "UNet2DConditionModel":
+        check_config(described, network / config)
+        told = prompt_sources(folder, network)
+        if told == [network / PROMPT]:
+            copied[PROMPT] = told.pop()
     prior = Part(
         path="prior",
-        copied={config: network / config, scheduler: schedule},
+        copied=copied,
         weights=(weights, tuple(weight_files(network, weights))),
         section=section,
+        made={PROMPT: lambda: empty_prompt(folder)} if told else {},
+        made_from=tuple(told),
     )
     return prior, found
 

@@ -33,6 +33,7 @@ class DecodedTrunk(Trunk):
         self.trunk, self.decoder = trunk, decoder
         # In a tuple: a module in its own place would be a part of this one.
         self._loaded = (decoder,)
+        self._on_pictures: tuple[Trunk, ...] = ()
         self.shape = shape
         self.from_size = (decoder.picture_shape if decoder is not None else shape)[1:]
         self._set_tables(torch.float32)
@@ -64,6 +65,16 @@ class DecodedTrunk(Trunk):
 
     def rescaled(self) -> Trunk:
         return DecodedTrunk(self.trunk.rescaled(), shape=self.shape, decoder=self.decoder)
+
+    def on_pictures(self) -> Trunk:
+        """What comes after the decoder: the trunk behind a change of size, or the trunk alone; the same object each time."""
+        if self.decoder is None:
+            return self
+        if not self._on_pictures:
+            shape = self.decoder.picture_shape
+            same = self.trunk.image_size == shape[1:]
+            self._on_pictures = (self.trunk if same else DecodedTrunk(self.trunk, shape=shape),)
+        return self._on_pictures[0]
 
     def in_dtype(self, dtype: torch.dtype, device: torch.device = CPU) -> Trunk:
         """As every trunk's; the decoder too is cast from the float32 weights that were loaded."""

@@ -57,6 +57,7 @@ class Feature:
         self.trunk: Trunk | None = None
         self.pool: Any = None
         self._siblings: dict[tuple[torch.dtype, torch.device], Feature] = {}
+        self._on_pictures: Feature | None = None
 
     @classmethod
     def from_readout(
@@ -134,6 +135,19 @@ class Feature:
         )
         sibling._siblings = self._siblings
         return sibling
+
+    def on_pictures(self) -> "Feature":
+        """The same feature read off pictures [batch, 3, height, width] where the prior's samples are latents; else itself.
+
+        One function behind the decoder, so a(x0) of a latent is a of its picture; the same object each time.
+        """
+        if self.trunk is None or self.readout is None or (trunk := self.trunk.on_pictures()) is self.trunk:
+            return self
+        if self._on_pictures is None:
+            self._on_pictures = Feature.from_readout(
+                trunk, self.readout, name=self.name, identity=self.identity, terms=self.terms, pool=self.pool
+            )
+        return self._on_pictures
 
     def masked(self, mask: Bool[Tensor, "rows columns"]) -> "Feature":
         """The same latents pooled over the places of `mask` alone, on the hook's grid: where, beside what.

@@ -103,6 +103,10 @@ class Trunk(nn.Module):
         other.hook, other.rescales, other._siblings = f"{self.hook} (tokens of one length)", True, {}
         return other
 
+    def on_pictures(self) -> "Trunk":
+        """This trunk for pictures, where samples are something else; itself where they are pictures. Shares the weights."""
+        return self
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device

@@ -12,6 +12,7 @@ from tiltscope.engine.errors import BundleError
 from tiltscope.engine.files import read_json, read_tensors
 from tiltscope.engine.prior.dit import DiT
 from tiltscope.engine.prior.network import NetworkDenoiser, TimeEmbedding
+from tiltscope.engine.prior.prompted import PROMPT, check_config, prompted_unet, read_prompt, with_prompt
 from tiltscope.engine.prior.schedulers import read_scheduler
 from tiltscope.engine.weights import assign_weights
 
@@ -122,19 +123,41 @@ def load_dit(folder: Path, config: Mapping[str, Any], shape: tuple[int, ...]) ->
     return network
 
 
-def _built(kind: Any, folder: Path, config: Mapping[str, Any]) -> Any:
-    """The library's model without values. Raises BundleError where config.json is of another class, or describes none."""
-    if config.get("_class_name") != kind.__name__:
-        raise BundleError(f"{folder / CONFIG}: {config.get('_class_name')!r} is not known; allowed: {kind.__name__}")
+def load_unet2d_condition(folder: Path, config: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module:
+    """diffusers' UNet2DConditionModel with the empty prompt (prompted.py): Stable Diffusion 1 and 2. Raises BundleError."""
+    del shape
+    check_config(config, folder / CONFIG)
+    tokens = read_prompt(folder / PROMPT, config.get("cross_attention_dim", 1280))
+    unet: Any = _built(prompted_unet(), folder, config, name="UNet2DConditionModel")
+    assign_weights(unet, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    network = with_prompt(unet, tokens)
+    replace_modules(network)
+    return network
+
+
+def _built(kind: Any, folder: Path, config: Mapping[str, Any], *, name: str | None = None) -> Any:
+    """The library's model without values. Raises BundleError where config.json is of another class, or describes none.
+
+    name: what the library calls it, where `kind` is ours.
+    """
+    name = name or kind.__name__
+    if config.get("_class_name") != name:
+        raise BundleError(f"{folder / CONFIG}: {config.get('_class_name')!r} is not known; allowed: {name}")
     try:
         with torch.device("meta"):  # no random initialisation, and no draw from the global generator
             return kind.from_config(config)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise BundleError(f"{folder / CONFIG} does not describe a {kind.__name__}: {error}") from error
+        raise BundleError(f"{folder / CONFIG} does not describe a {name}: {error}") from error
 
 
 # bundle.json's prior.kind -> a function (folder, config.json, [channel, height, width] of its input) -> network(x, t).
 KINDS: dict[str, Callable[[Path, Mapping[str, Any], tuple[int, ...]], nn.Module]] = {
     "diffusers_unet2d": load_unet2d,
     "diffusers_dit": load_dit,
+    "diffusers_unet2d_condition": load_unet2d_condition,
 }
+
+
+def files_of(kind: str) -> tuple[str, ...]:
+    """The files of a prior's folder."""
+    return (*FILES, PROMPT) if kind == "diffusers_unet2d_condition" else FILES

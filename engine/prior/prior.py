@@ -114,10 +114,10 @@ class Prior:
         return x0_hat.to(x.dtype)
 
     def to_images(self, x0: Float[Tensor, "batch *shape"]) -> UInt8[Tensor, "batch 3 height width"] | None:
-        """round((x0 + 1) * 127.5) within [0, 255], uint8; None where the prior is not of pictures. NaN becomes 0."""
+        """`to_pixels` of the decoded x0; None where the prior is not of pictures."""
         if not self.pictures:
             return None
-        return ((self.decode(x0.detach()).float() + 1) * 127.5).nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
+        return to_pixels(self.decode(x0.detach()))
 
     def to(self, dtype: torch.dtype, device: torch.device = CPU) -> "Prior":
         """This prior with its network in dtype on device (the same object each time; a custom prior is itself)."""
@@ -137,6 +137,11 @@ class Prior:
             sibling._root = root
             root._siblings[dtype, device] = sibling
         return root._siblings[dtype, device]
+
+
+def to_pixels(pictures: Float[Tensor, "batch 3 height width"]) -> UInt8[Tensor, "batch 3 height width"]:
+    """round((picture + 1) * 127.5) within [0, 255], uint8. NaN becomes 0."""
+    return ((pictures.float() + 1) * 127.5).nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
 
 
 def check_denoise(prior: Prior, dtype: torch.dtype, *, guided: bool = False) -> None:

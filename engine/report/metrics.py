@@ -82,6 +82,7 @@ def measure(
     values["seconds"] = seconds
     if len(activation) == 0:
         return values
+    pictures = pictures_of(samples, answer, bundle)
     mean = float(activation.mean())
     values |= {
         "activation_mean": mean,
@@ -91,9 +92,9 @@ def measure(
         "percentile": percentile(natural, mean),
         "nfe": float(samples.nfe.double()[samples.ok].mean()),
         "n_vjp": float(samples.n_vjp.double()[samples.ok].mean()),
-        "selectivity_rank": selectivity_rank(samples.x0[samples.ok], bundle, feature, natural, mean),
+        "selectivity_rank": selectivity_rank(pictures, bundle, feature, natural, mean),
     }
-    values |= _appearance(samples.x0[samples.ok], bundle, in_pool, shown_of)
+    values |= _appearance(pictures, bundle, in_pool, shown_of)
     if answer == "tilt":
         # Particles say it of the sampler's own prior; the pool of natural pictures.
         told = tilt if samples.group_log_z is None else samples
@@ -107,6 +108,12 @@ def measure(
         if tilt is not None:
             values["excess_kl"] = excess_kl_of_set(natural, members, lam=tilt.lam, log_z=tilt.log_z, log_tilt=log_tilt)
     return values
+
+
+def pictures_of(samples: Samples, answer: str, bundle: Bundle) -> Float[Tensor, "num 3 height width"]:
+    """The samples that are ok, as pictures: what the sampler drew is decoded, where the prior is of latents; rivals are pictures."""
+    x0 = samples.x0[samples.ok]
+    return bundle.prior.decode(x0) if answer == "tilt" and bundle.decoder is not None else x0
 
 
 def percentile(natural: Float64[ndarray, "pool"], activation: float) -> float:
@@ -127,9 +134,12 @@ def selectivity_rank(
     The feature's own is taken the same way from `natural` and its mean activation. None for a feature of one's own, or where
     the bundle has no autoencoder at the feature's hook.
     """
-    if feature.trunk is None or feature.trunk.hook not in bundle.sae_hooks:
+    if feature.trunk is None:
         return None
-    hook = feature.trunk.hook
+    # A trunk whose tokens are brought to one length is called by another name than the hook.
+    hook = feature.terms[0][1].hook if feature.terms else feature.trunk.hook
+    if hook not in bundle.sae_hooks:
+        return None
     pool_mean, pool_sd = bundle.pool.statistics(hook)
     parts = [bundle.latents(part, hook).double().numpy() for part in x0.split(EMBED_BATCH)]
     latents = np.concatenate(parts).mean(0)
