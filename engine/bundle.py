@@ -93,6 +93,23 @@ class Bundle:
     def __repr__(self) -> str:
         return f"Bundle({self.name!r}, path={str(self.path)!r})"
 
+    def with_prior(self, prior: Prior) -> "Bundle":
+        """This bundle with another prior of pictures of the same size: its features, pool and evaluator stay.
+
+        So a denoiser of one's own is explained and compared with what the bundle knows of natural pictures. Raises ConfigError
+        for a prior of another shape.
+        """
+        if prior.shape != self.picture_shape or prior.decoder is not None:
+            raise ConfigError(
+                f"prior {prior.name}: its samples are {list(prior.shape)}, the bundle's pictures {list(self.picture_shape)}; "
+                "give a prior of such pictures"
+            )
+        other = Bundle(self.path)
+        other.identity = "sha256:" + hashlib.sha256(f"{self.identity} {prior.identity}".encode()).hexdigest()
+        # Where cached properties keep what they were.
+        other.__dict__ |= {"prior": prior, "decoder": None, "shape": self.picture_shape, "pool": self.pool}
+        return other
+
     def _get(self, section: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
         value = section.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):

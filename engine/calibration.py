@@ -41,8 +41,10 @@ def calibrate_on_sampler(run: Run, target: float) -> Run:
     if run.natural is None:
         raise CalibrationError("calibration: natural activations say where to start, and this run has none")
     key = calibration_key(run, target)
-    kept = cache_folder("calibrations") / f"{key}.json"
-    ascent = _remembered(run, key, kept)
+    # A function of one's own is known by its name alone: another one under that name has another lambda.
+    nameless = run.prior.network is None or run.feature.trunk is None
+    kept = None if nameless else cache_folder("calibrations") / f"{key}.json"
+    ascent = None if kept is None else _remembered(run, key, kept)
     if ascent is None:
         num = run.config.calibration_num
         natural_mean = float(run.programme.log_tilts[0].phi(run.natural).mean())
@@ -53,7 +55,8 @@ def calibrate_on_sampler(run: Run, target: float) -> Run:
                 "ask for a target that it reaches, or give calibration=pool to draw at the lambda of natural pictures"
             )
             raise CalibrationError(f"{error}; {hint}") from error
-        write_bytes(kept, json.dumps(ascent.to_json()).encode())
+        if kept is not None:
+            write_bytes(kept, json.dumps(ascent.to_json()).encode())
     return replace(run, lam=ascent.lam, ascent=ascent)
 
 

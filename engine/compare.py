@@ -21,6 +21,7 @@ from tiltscope.engine.bundle import Bundle
 from tiltscope.engine.calibration import calibrate_on_sampler
 from tiltscope.engine.config import CompareConfig, ExplainConfig
 from tiltscope.engine.errors import CalibrationError, NonFiniteError
+from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.explain import Inquiry, actmax_answer, inquire, pool_answer
 from tiltscope.engine.prior.likelihood import bits_per_dim
 from tiltscope.engine.report.manifest import complete
@@ -103,7 +104,7 @@ def method_name(config: ExplainConfig) -> str:
 
 
 def compare(
-    bundle: Bundle, feature: str, config: CompareConfig, *, on_part: Callable[[str], None] | None = None
+    bundle: Bundle, feature: Feature | str, config: CompareConfig, *, on_part: Callable[[str], None] | None = None
 ) -> Comparison:
     """Calibrate, draw and measure every method of `config`. A sampler that cannot reach the target keeps its row, with a note.
 

@@ -143,6 +143,9 @@ def inquire(bundle: Bundle, feature: Feature | str, config: ExplainConfig) -> In
     settings = {name: value for name, value in config.to_json().items() if name in SAMPLE_SETTINGS}
     asked = SampleConfig.from_json(settings | {"lam": lam, "target_activation": None})
     run = prepare(bundle.prior, feature, asked)
+    if run.natural is None:  # a prior or a feature of one's own: the bundle's pictures are natural all the same
+        known = None if isinstance(lam, tuple) or config.guidance == "constant" else calibration
+        run = replace(run, natural=natural, source="pool", estimate=known)
     config = replace(config, runner=run.config.runner)  # auto has become one of them
     if config.lam is None and not calibration.feasible:
         run = replace(run, estimate=None)

@@ -1,15 +1,19 @@
-"""Whole bundles of real architectures in small: loaded, read, sampled, explained."""
+"""Every system in small, the real architectures and formats: loaded, read, sampled, explained, compared, exported."""
 
+import numpy as np
 import pytest
 import torch
 
 import tiltscope
+from tiltscope.engine.cli.main import run
+from tiltscope.engine.compare import compare
+from tiltscope.engine.config import CompareConfig
 from tiltscope.engine.errors import BundleError, ConfigError
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["energydps", "latent"])
+@pytest.fixture(scope="module", params=["energydps", "vitl_sit", "vitb_sd15"])
 def twin(request, build_twin, tmp_path_factory):
     return tiltscope.load(str(build_twin(tmp_path_factory.mktemp("twin") / request.param, request.param)))
 
@@ -22,12 +26,8 @@ def test_the_pool_holds_what_the_bundles_own_trunk_reads(twin):
     feature = sae(twin, 2)
     natural = twin.pool.activations(feature)
     assert float(natural.std()) > 0.1
-    if twin.decoder is not None:
-        return  # its features read latents, the pool's pictures have none
-    x0 = twin.pool.x0(range(6))
-    torch.testing.assert_close(
-        feature.activation(x0).double(), torch.as_tensor(natural[:6]).double(), rtol=1e-4, atol=1e-4
-    )
+    read = feature.on_pictures().activation(twin.pool.x0(range(6)))
+    torch.testing.assert_close(read.double(), torch.as_tensor(natural[:6]).double(), rtol=1e-4, atol=1e-4)
 
 
 def test_features_of_the_hook_add(twin):
@@ -54,20 +54,93 @@ def test_samples_are_guided_and_shown(twin):
     assert torch.equal(tiltscope.sample(twin.prior, feature, lam=20.0, **asked).x0, pushed.x0)
 
 
-def test_explain_answers_and_writes_its_page(build_twin, tmp_path):
-    bundle = tiltscope.load(str(build_twin(tmp_path / "twin", "energydps")))
+def test_explain_answers_and_writes_its_page(twin, tmp_path):
     # A random prior reaches no activation worth the name: lambda is the pool's.
     asked = {"num": 2, "steps": 4, "calibration": "pool"}
-    result = tiltscope.explain(bundle, sae(bundle, 1), **asked)
+    result = tiltscope.explain(twin, sae(twin, 1), **asked)
     assert list(result.answers) == ["tilt", "topk", "hard", "actmax"]
+    natural = twin.pool.activations(sae(twin, 1))
     for name, samples in result.answers.items():
         assert samples.images.shape[1:] == (3, 64, 64)
-        mean = result.metrics[name]["activation_mean"]
-        assert mean == pytest.approx(float(samples.activation.mean()), abs=1e-5)
-    alone = tiltscope.sample(bundle.prior, sae(bundle, 1), lam=result.lam, **asked)
+        assert tuple(samples.x0.shape[1:]) == (twin.prior.shape if name == "tilt" else (3, 64, 64))
+        metrics = result.metrics[name]
+        assert metrics["activation_mean"] == pytest.approx(float(samples.activation.mean()), abs=1e-5)
+        assert 1 <= metrics["selectivity_rank"] <= 8
+        assert metrics["naturalness"] is not None
+        assert samples.heat.shape[1:] == sae(twin, 1).trunk.grid
+    np.testing.assert_allclose(result.answers["topk"].activation, np.sort(natural)[::-1][:2], rtol=1e-6)
+    alone = tiltscope.sample(twin.prior, sae(twin, 1), lam=result.lam, **asked)
     assert torch.equal(alone.x0, result.answers["tilt"].x0)
     result.save(str(tmp_path / "out"))
     assert (tmp_path / "out/index.html").stat().st_size > 10_000
+
+
+def test_compare_measures_a_sampler_and_the_rivals(twin, tmp_path, monkeypatch):
+    """At a mean that the sampler itself reaches; the pool of a random trunk has none in common with it."""
+    monkeypatch.setenv("TILTSCOPE_HOME", str(tmp_path / "home"))
+    feature = sae(twin, 1)
+    reached = tiltscope.sample(twin.prior, feature, lam=1.0, num=8, steps=2, seed=5).activation.mean()
+    config = CompareConfig(
+        num=2,
+        lifts=("dps",),
+        solvers=("ddpm",),
+        steps=(2,),
+        lam_factors=(0.5,),
+        target_activation=float(reached),
+        beyond_pool=True,
+        calibration_num=16,
+    )
+    found = compare(twin, str(feature.address), config)
+    methods = {each.name: each for each in found.methods}
+    assert list(methods) == ["dps, ddpm, 2 steps", "topk", "hard", "actmax", "maco"]
+    sampler = found.methods[0]
+    assert sampler.note is None
+    for name, each in methods.items():
+        assert each.samples.images.shape[1:] == (3, 64, 64)
+        assert {"vendi", "naturalness", "activation_mean"} <= {k for k, v in each.metrics.items() if v is not None}, (
+            name
+        )
+        # Bits a pixel are of pictures' densities, which a prior of latents has none of.
+        assert (each.metrics["bits_per_dim"] is None) == (twin.decoder is not None)
+    found.save(tmp_path / "out")
+    assert (tmp_path / "out/compare.png").stat().st_size > 5_000
+
+
+def test_a_latents_picture_is_read_as_the_latent_is(twin):
+    """One function behind the decoder: a feature on pictures is the feature on latents, decoded."""
+    feature = sae(twin, 2)
+    x0 = torch.randn(3, *twin.prior.shape, generator=torch.Generator().manual_seed(8))
+    on_pictures = feature.on_pictures()
+    assert on_pictures is feature.on_pictures()
+    assert (on_pictures is feature) == (twin.decoder is None)
+    torch.testing.assert_close(
+        on_pictures.activation(twin.prior.decode(x0)), feature.activation(x0), rtol=1e-4, atol=1e-4
+    )
+    # What no column holds is computed of pictures.
+    natural = twin.pool.activations(feature)
+    computed = twin.pool.activations(sae(twin, 2, "@max"))
+    assert computed.shape == natural.shape
+    assert (computed >= natural - 1e-4).all()
+
+
+def test_a_function_of_latents_is_not_asked_about_pictures(twin):
+    if twin.decoder is None:
+        pytest.skip("its samples are pictures")
+    mine = tiltscope.Feature(lambda x0: x0.mean(dim=(1, 2, 3)), name="mean")
+    with pytest.raises(ConfigError, match="a function of the prior's latents, and the rivals are pictures"):
+        tiltscope.explain(twin, mine, num=1, lam=1.0, steps=1)
+
+
+def test_export_builds_onnx_behind_its_gate_and_draws(twin, tmp_path, monkeypatch):
+    """`tiltscope export`: five graphs, held to float64 at every level; and a sample by them beside eager torch's."""
+    monkeypatch.setenv("TILTSCOPE_HOME", str(tmp_path / "home"))
+    assert run(["export", "--runner", "onnx", "--bundle", str(twin.path), "--batch", "1,2", "--quiet"]) == 0
+    asked = {"num": 2, "steps": 3, "seed": 3, "lam": 5.0}
+    drawn, eager = (tiltscope.sample(twin.prior, sae(twin, 0), runner=runner, **asked) for runner in ("onnx", "torch"))
+    assert drawn.manifest["runner"] == "onnx"
+    assert drawn.manifest["parity"]["failure"] is None
+    assert max(drawn.manifest["parity"]["errors"].values()) < 1e-4
+    torch.testing.assert_close(drawn.x0, eager.x0, rtol=1e-3, atol=1e-3)
 
 
 def test_a_trunk_of_another_kind_than_the_bundle_says(build_twin, tmp_path):

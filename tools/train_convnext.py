@@ -99,9 +99,7 @@ def loss_of(
     def crops(at: slice, area: tuple[float, float], size_px: int) -> Tensor:
         chosen = pictures[at]
         flips = may_flip.repeat(len(chosen))
-        return imagenet_normalise(
-            augment(chosen.flatten(0, 1), flips, area=area, size_px=size_px, generator=generator)
-        )
+        return imagenet_normalise(augment(chosen.flatten(0, 1), flips, area=area, size_px=size_px, generator=generator))
 
     large, small = crops(slice(2), (0.45, 1.15), global_px), crops(slice(2, None), (0.1, 0.45), config.local_px)
     with torch.no_grad():

@@ -84,7 +84,9 @@ def test_a_folder_with_its_tokens_needs_no_text_encoder(pipeline, copied, tmp_pa
     alone = tmp_path / "alone"
     shutil.copytree(folder / "unet", alone)
     shutil.copy(folder / "scheduler/scheduler_config.json", alone)
-    with pytest.raises(ConfigError, match=r"conditioned on text, and .*text_encoder is not there; give the whole pipeline"):
+    with pytest.raises(
+        ConfigError, match=r"conditioned on text, and .*text_encoder is not there; give the whole pipeline"
+    ):
         find_prior(alone, decoder=folder / "vae", pixel_unshuffle=1)
     shutil.copy(copied / PROMPT, alone)
     prior, _ = find_prior(alone, decoder=folder / "vae", pixel_unshuffle=1)
@@ -96,7 +98,9 @@ def test_tokens_of_another_width_and_a_network_that_wants_more_are_refused(copie
     other = tmp_path / "other"
     shutil.copytree(copied, other)
     save_file({TOKENS: torch.zeros(1, 77, 8)}, other / PROMPT)
-    with pytest.raises(BundleError, match=r"must be \[1, tokens, 12\], the network's cross_attention_dim; got \[1, 77, 8\]"):
+    with pytest.raises(
+        BundleError, match=r"must be \[1, tokens, 12\], the network's cross_attention_dim; got \[1, 77, 8\]"
+    ):
         load_denoiser(other, kind=KIND, shape=SHAPE)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"addition_embed_type": "text_time"}))
