@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tiltscope.engine.errors import ExportError
+from tiltscope.engine.errors import ExportError, RunnerError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime.conditioning import conditioning
@@ -47,6 +47,11 @@ def examples(prior: Prior, feature: Feature) -> dict[str, list[Tensor]]:
 def traced_graphs(prior: Prior, feature: Feature, runner: str) -> Iterator[Traced]:
     """Every graph of the step. Raises RunnerError for a Python function, ExportError as trace() does, or for a leaking cache."""
     denoiser, trunk, _ = network_parts(prior, feature, runner)
+    if denoiser.dtype != trunk.dtype:
+        raise RunnerError(
+            f"runner {runner}: a function of one's own is exported in float32, and the other part is {denoiser.dtype} or "
+            f"{trunk.dtype}; give dtype float32"
+        )
     networks = StepNetworks(denoiser, trunk)
     for name, example in examples(prior, feature).items():
         yield Traced(name, trace(networks, name, example), example)

@@ -164,18 +164,19 @@ def write_graphs(prior: Prior, feature: Feature, runner: str, folder: Path) -> N
         "tiltscope.rows": str(rows),
         "tiltscope.torch": torch.__version__,
     }
-    embedding: Any = denoiser.network
-    Schedule(
-        shape=tuple(prior.shape),
-        rows=rows,
-        levels=tuple(denoiser.levels.tolist()),
-        prediction=denoiser.prediction,
-        channels=embedding.time_proj.num_channels,
-        flip_sin_to_cos=embedding.time_proj.flip_sin_to_cos,
-        downscale_freq_shift=embedding.time_proj.downscale_freq_shift,
-        time_scale=denoiser.facts.time_scale,
-        sigma_data=denoiser.facts.sigma_data,
-    ).write(folder)
+    if prior.network is not None:  # a function of one's own has no schedule to tell
+        embedding: Any = denoiser.network
+        Schedule(
+            shape=tuple(prior.shape),
+            rows=rows,
+            levels=tuple(denoiser.levels.tolist()),
+            prediction=denoiser.prediction,
+            channels=embedding.time_proj.num_channels,
+            flip_sin_to_cos=embedding.time_proj.flip_sin_to_cos,
+            downscale_freq_shift=embedding.time_proj.downscale_freq_shift,
+            time_scale=denoiser.facts.time_scale,
+            sigma_data=denoiser.facts.sigma_data,
+        ).write(folder)
     for name, graph, example in traced_graphs(prior, feature, runner):
         write_onnx(graph, name, example, folder / f"{name}.onnx", metadata)
 

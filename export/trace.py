@@ -24,7 +24,9 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.graph import CodeGen
 from torch.fx.graph_module import GraphModule
+from torch.fx.node import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiltscope.engine.errors import ExportError
@@ -32,6 +34,7 @@ from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.feature.readout import Readout, read
 from tiltscope.engine.prior.network import NetworkDenoiser
 from tiltscope.engine.runtime.conditioning import CONDITIONING
+from tiltscope.engine.runtime.function_parts import FunctionDenoiser, FunctionTrunk
 from tiltscope.export.decompositions import plain_upsampling, table
 
 
@@ -62,6 +65,8 @@ class StepNetworks(nn.Module):
         self.network.time_proj = self.given
         self.fold = denoiser.pixel_unshuffle
         self.trunk = copy.deepcopy(trunk)
+        # What a user's own function closes over is no parameter of anything: the trace may hold it as it is.
+        self.closed_over = isinstance(denoiser, FunctionDenoiser) or isinstance(trunk, FunctionTrunk)
         self.eval().requires_grad_(False)
 
     def denoise(
@@ -107,15 +112,22 @@ class StepNetworks(nn.Module):
 class StepGraph(nn.Module):
     """One traced graph with its weights as buffers: callable, and what an exporter writes out."""
 
-    def __init__(self, graph: GraphModule, weights: dict[str, Tensor]) -> None:
+    def __init__(self, graph: GraphModule, weights: dict[str, Tensor], constants: dict[str, Tensor]) -> None:
+        """constants: what a user's function closes over, the last inputs of a graph that then takes all of them in a row."""
         super().__init__()
         self.graph = graph
         self.names = {name: name.replace(".", "_") for name in weights}
+        self.constants = tuple(constants)
         for name, tensor in weights.items():
             self.register_buffer(self.names[name], tensor.detach())
+        for name, tensor in constants.items():
+            self.register_buffer(name, tensor.detach())
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.graph({name: getattr(self, held) for name, held in self.names.items()}, *inputs)
+        held = {name: getattr(self, held) for name, held in self.names.items()}
+        if not self.constants:
+            return self.graph(held, *inputs)
+        return tuple(self.graph(*held.values(), *inputs, *(getattr(self, name) for name in self.constants)))
 
 
 def trace(networks: StepNetworks, graph: str, example: Sequence[Tensor]) -> StepGraph:
@@ -148,8 +160,35 @@ def trace(networks: StepNetworks, graph: str, example: Sequence[Tensor]) -> Step
     networks.given.value = None  # no fake tensor may outlive the trace
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    _check(traced, graph)
-    return StepGraph(traced, weights).eval()
+    _check(traced, graph, closed_over=networks.closed_over)
+    return StepGraph(traced, weights, _lift_constants(traced) if networks.closed_over else {}).eval()
+
+
+def _lift_constants(traced: GraphModule) -> dict[str, Tensor]:
+    """Tensors that the trace holds become inputs, behind the others and all in a row; {} where there are none. Changes `traced`.
+
+    As an attribute of a graph inside another module torch's exporter loses them.
+    """
+    taken = [node for node in traced.graph.nodes if node.op == "get_attr"]
+    if not taken:
+        return {}
+    traced.graph.set_codegen(CodeGen())  # no nesting of inputs any more
+    last = [node for node in traced.graph.nodes if node.op == "placeholder"][-1]
+    constants: dict[str, Tensor] = {}
+    inputs: dict[str, Node] = {}
+    for node in taken:
+        name = str(node.target)
+        held = f"closed_over{name}"
+        if held not in constants:
+            constants[held] = getattr(traced, name)
+            with traced.graph.inserting_after(last):
+                last = inputs[held] = traced.graph.placeholder(held)
+        node.replace_all_uses_with(inputs[held])
+        traced.graph.erase_node(node)
+    for name in {str(node.target) for node in taken}:
+        delattr(traced, name)  # or it would be weights beside what it has become
+    traced.recompile()
+    return constants
 
 
 class _Calling(nn.Module):
@@ -161,14 +200,14 @@ class _Calling(nn.Module):
         return self.run(*values)
 
 
-def _check(traced: GraphModule, graph: str) -> None:
+def _check(traced: GraphModule, graph: str, *, closed_over: bool) -> None:
     left = sorted({str(node.target) for node in traced.graph.nodes if "backward" in str(node.target)})
     if left:
         raise ExportError(
             f"graph {graph}: {', '.join(left)} has no decomposition; its gradient would be wrong or missing"
         )
     baked = [str(node.target) for node in traced.graph.nodes if node.op == "get_attr"]
-    if baked:
+    if baked and not closed_over:
         raise ExportError(
             f"graph {graph}: {len(baked)} constants were taken from the example ({', '.join(baked[:3])}); "
             "something cached a tensor, or made one from values"

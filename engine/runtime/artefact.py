@@ -36,6 +36,7 @@ from tiltscope.engine.runtime.cache import (
     remove_leftovers,
 )
 from tiltscope.engine.runtime.exported import padded_rows
+from tiltscope.engine.runtime.function_parts import answers_of_feature, answers_of_prior
 from tiltscope.engine.runtime.gate import SelfTest
 
 DESCRIPTION, SELF_TEST = "artefact.json", "selftest.safetensors"
@@ -71,8 +72,8 @@ def artefact_key(
         "readout": None if readout is None else [padded_rows(readout.num_rows), *readout.direction.shape[2:]],
         # An identity says where weights came from, these what they are now: a network changed in place needs another file.
         "weights": [
-            None if module is None else weights_hash(module)
-            for module in (None if prior.network is None else prior.network.network, feature.trunk)
+            answers_of_prior(prior) if prior.network is None else weights_hash(prior.network.network),
+            answers_of_feature(feature, prior.shape) if feature.trunk is None else weights_hash(feature.trunk),
         ],
         "dtype": str(dtype).removeprefix("torch."),
         **here(),

@@ -21,6 +21,7 @@ from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.prior.network import NetworkDenoiser
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime.conditioning import CONDITIONING, conditioning
+from tiltscope.engine.runtime.function_parts import denoiser_of, function_readout, trunk_of
 from tiltscope.engine.runtime.step import Pullback, StepOutput
 
 READOUT = tuple(f"readout_{each.name}" for each in fields(Readout))
@@ -65,11 +66,8 @@ def readout_inputs(readout: Readout, num: int) -> list[Tensor]:
 
 
 def network_parts(prior: Prior, feature: Feature, runner: str) -> tuple[NetworkDenoiser, Trunk, Readout]:
-    """What an exporter can trace. Raises RunnerError for a prior or a feature that is a Python function."""
-    if prior.network is None or feature.trunk is None or feature.readout is None:
-        what = f"prior {prior.name}" if prior.network is None else f"feature {feature.name}"
-        raise RunnerError(f"runner {runner}: {what} is a Python function, which cannot be exported; use --runner torch")
-    return prior.network, feature.trunk, feature.readout
+    """What an exporter can trace, a user's own functions included (function_parts.py). Raises RunnerError as that does."""
+    return denoiser_of(prior, runner), *trunk_of(prior, feature)
 
 
 @dataclass(frozen=True)
@@ -129,9 +127,8 @@ class ExportedStep:
         return activation, drive, grad
 
     def _readout(self, readout: Readout | None, x: Tensor) -> list[Tensor]:
-        if readout is None:
-            raise RunnerError(f"runner {self.name}: a feature without a readout cannot be exported; use --runner torch")
-        return readout_inputs(readout, len(x))
+        # A function of one's own has none: its trunk's one token is what is read.
+        return readout_inputs(function_readout() if readout is None else readout, len(x))
 
 
 class GraphFiles:
