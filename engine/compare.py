@@ -21,8 +21,8 @@ from tiltscope.engine.bundle import Bundle
 from tiltscope.engine.calibration import calibrate_on_sampler
 from tiltscope.engine.config import CompareConfig, ExplainConfig
 from tiltscope.engine.errors import CalibrationError, NonFiniteError
-from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.explain import Inquiry, actmax_answer, inquire, pool_answer
+from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.prior.likelihood import bits_per_dim
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.report.metrics import embed, measure, pictures_of, vendi_score

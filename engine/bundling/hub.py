@@ -1,6 +1,7 @@
 """A model's folder by its name on the Hugging Face Hub: fetched once into that library's own cache, and refused with what to do.
 
-Only JSON, safetensors and a tokenizer's table are asked for. Licences are accepted by people, on the model's page; here it is said where.
+Only JSON, safetensors and a tokenizer's table are asked for.
+Licences are accepted by people, on the model's page; here it is said where.
 """
 
 import re

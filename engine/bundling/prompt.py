@@ -1,6 +1,6 @@
 """What a text-conditioned network is told where nothing is asked for: the text encoder's tokens of "", made once.
 
-Read from a diffusers pipeline's text_encoder/ and tokenizer/ by the library that owns both, from JSON, text and safetensors alone.
+Read from a diffusers pipeline's text_encoder/ and tokenizer/ by the library that owns both, of JSON, text and safetensors.
 """
 
 from pathlib import Path

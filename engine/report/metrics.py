@@ -111,7 +111,7 @@ def measure(
 
 
 def pictures_of(samples: Samples, answer: str, bundle: Bundle) -> Float[Tensor, "num 3 height width"]:
-    """The samples that are ok, as pictures: what the sampler drew is decoded, where the prior is of latents; rivals are pictures."""
+    """The samples that are ok, as pictures: what a sampler drew of latents is decoded; rivals are pictures anyway."""
     x0 = samples.x0[samples.ok]
     return bundle.prior.decode(x0) if answer == "tilt" and bundle.decoder is not None else x0
 

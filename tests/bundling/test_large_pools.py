@@ -40,7 +40,8 @@ facts = write_pool(out / "pool", shards, hook="norm", num_latents=num_latents)
 write_features(out / "features.parquet", facts.features)
 used = resource.getrusage(resource.RUSAGE_SELF)
 peak, cpu = used.ru_maxrss / 1024, used.ru_utime + used.ru_stime
-print(json.dumps({"peak_mib": peak, "cpu_seconds": cpu, "num": facts.num, "per_file": facts.latents_per_file, "named": facts.num_named}))
+told = {"peak_mib": peak, "cpu_seconds": cpu, "num": facts.num, "per_file": facts.latents_per_file}
+print(json.dumps(told | {"named": facts.num_named}))
 """
 
 
