@@ -40,6 +40,18 @@ ADM_256 = {
     "downsample_type": "resnet",
     "upsample_type": "resnet",
 }
+# Rombach et al. 2022 (arXiv:2112.10752), release 1.5.
+SD_15 = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
 pytestmark = pytest.mark.slow
 
 
@@ -118,6 +130,17 @@ def test_dit_xl_2():
         network = DiT(DiTTransformer2DModel(out_channels=8)).to("meta").requires_grad_(False)
     time = torch.zeros(1, device="meta", dtype=torch.float64)
     assert giga_macs(lambda: network(pixels(4, 32, 32), time)) == pytest.approx(118.6, rel=0.01)
+
+
+def test_stable_diffusions_unet():
+    from tiltscope.engine.prior.prompted import prompted_unet, with_prompt
+
+    with torch.device("meta"):
+        unet = prompted_unet()(**SD_15)
+        network = with_prompt(unet, torch.empty(1, 77, 768)).to("meta")
+    found = giga_macs(lambda: network(pixels(4, 64, 64), torch.zeros(1, device="meta", dtype=torch.float64)))
+    assert found == pytest.approx(402, rel=0.01)
+    assert million_parameters(network) == pytest.approx(859.5, rel=0.01)
 
 
 def test_stable_diffusions_decoder():

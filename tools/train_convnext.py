@@ -11,7 +11,6 @@ the weights are not shipped (tools/architectures.sh makes them anew, and docs/ar
 from __future__ import annotations
 
 import copy
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ import tyro
 from torch import Tensor, nn
 from train_trunk import Head, Things, augment, koleo, sinkhorn
 from training import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Clock,
     imagenet_normalise,
     learning_rate,
@@ -33,6 +30,7 @@ from training import (
     save_checkpoint,
     seed_step,
     update_ema,
+    write_trunk,
 )
 from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel
 
@@ -117,13 +115,6 @@ def loss_of(
     return dino + contrast + config.koleo * spread, facts
 
 
-def write_model(trunk: DINOv3ConvNextModel, folder: Path) -> None:
-    """A folder as transformers writes it, with the normalisation that it was trained under."""
-    trunk.save_pretrained(folder)
-    processor = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "size": {"height": 64, "width": 64}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-
-
 def main(config: Config) -> None:
     """Train, or go on training, until the budget is spent."""
     prepare_machine(config.threads)
@@ -172,7 +163,7 @@ def main(config: Config) -> None:
             saved = time.monotonic()
     save()
     # Only now: a folder with a config.json is a finished training.
-    write_model(teacher.trunk, config.out / "model")
+    write_trunk(teacher.trunk, config.out / "model")
     done = {"done": True, "step": step, "seconds": clock.total, "batch": config.batch, "seed": config.seed}
     log_line(config.out / "log.jsonl", done)
 

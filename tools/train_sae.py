@@ -1,4 +1,4 @@
-"""Train the sparse autoencoder of bundle emoji64 on the trunk's patch tokens before block 5.
+"""Train a sparse autoencoder on a trunk's patch tokens: bundle emoji64's, before block 5, or another trunk's at its hook.
 
     x = A (token - m),    A = s (C + e I)^(-1/2),   C the tokens' covariance, e a tenth of its mean eigenvalue
     pre = W_enc (x - b) + b_enc,    f = pre where pre is among the k * batch largest of the batch, else 0
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from train_trunk import FIXED_HANDEDNESS, augment
 from training import (
     Clock,
-    imagenet_normalise,
     learning_rate,
     load_checkpoint,
     log_line,
@@ -38,9 +37,9 @@ from training import (
     save_checkpoint,
     to_unit_range,
 )
-from transformers import DINOv3ViTModel
 
-HOOK = 5
+from tiltscope.engine.feature.hooked import Trunk
+from tiltscope.engine.feature.trunk import load_trunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +48,7 @@ class Config:
 
     data: Path = Path("build/train/emoji64.npz")
     trunk: Path = Path("build/train/trunk/model")
+    hook: str = "blocks.5"
     out: Path = Path("build/train/sae")
     minutes: float = 4.0
     threads: int = 2
@@ -67,18 +67,14 @@ class Config:
 
 
 @torch.no_grad()
-def hook_tokens(trunk: DINOv3ViTModel, x0: Tensor, hook: int = HOOK) -> Tensor:
-    """Residual stream before block `hook`, patch tokens only: [n, 3, 64, 64] in [-1, 1] -> [n, 64, 192]."""
-    pixels = imagenet_normalise(x0)
-    stream, position = trunk.embeddings(pixels), trunk.rope_embeddings(pixels)
-    for layer in trunk.model.layer[:hook]:
-        stream = layer(stream, position_embeddings=position)
-    return stream[:, 1 + trunk.config.num_register_tokens :]
+def hook_tokens(trunk: Trunk, x0: Tensor) -> Tensor:
+    """Patch tokens as sampling reads them: [n, 3, 64, 64] in [-1, 1] -> [n, patches, width]."""
+    return trunk(x0)[:, trunk.num_prefix_tokens :]
 
 
 @torch.no_grad()
-def fill_bank(trunk: DINOv3ViTModel, arrays: dict[str, np.ndarray], views: int, generator: torch.Generator) -> Tensor:
-    """Tokens [rows, 192] of every training picture (all vendors), once as it is and `views` times lightly augmented."""
+def fill_bank(trunk: Trunk, arrays: dict[str, np.ndarray], views: int, generator: torch.Generator) -> Tensor:
+    """Tokens [rows, width] of every training picture (all vendors), once as it is and `views` times lightly augmented."""
     own = ~arrays["fluent_heldout"] & ~arrays["fluent_skin"]
     images = torch.from_numpy(
         np.concatenate([arrays["fluent_images"][own], arrays["other_images"][~arrays["other_heldout"]]])
@@ -210,7 +206,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     arrays = dict(np.load(config.data))
-    trunk = DINOv3ViTModel.from_pretrained(config.trunk, attn_implementation="eager").eval()
+    trunk = load_trunk(config.trunk, config.hook)
     bank = fill_bank(trunk, arrays, config.views, torch.Generator().manual_seed(config.seed + 1))
     mean, whiten = whitening(bank, config.floor)
     bank.sub_(mean)
@@ -266,7 +262,7 @@ def main(config: Config) -> None:
 
     train, held = (measure(tensors, tokens_of(pool & side), whiten) for side in (~heldout, heldout))
     facts = {
-        "hook": f"blocks.{HOOK}", "kind": "jumprelu", "num_latents": config.num_latents, "width": bank.shape[1],
+        "hook": config.hook, "kind": "jumprelu", "num_latents": config.num_latents, "width": bank.shape[1],
         "k": config.k, "steps": step, "seconds": round(clock.total, 1), "seed": config.seed,
         "tokens_seen": step * config.batch,
         "fvu": train["fvu"], "fvu_heldout": held["fvu"],

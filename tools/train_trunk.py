@@ -44,6 +44,7 @@ from training import (
     uniform,
     update_ema,
     warp,
+    write_trunk,
 )
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
@@ -307,7 +308,7 @@ def train(rank: int, config: Config, precision: str) -> None:
     def save() -> None:
         facts = {"step": step, "seconds": clock.total}
         save_checkpoint(path, modules=modules, optimiser=optimiser, generator=generator, facts=facts)
-        teacher.trunk.save_pretrained(config.out / "model")  # so an unfinished training can be looked at, and shipped
+        write_trunk(teacher.trunk, config.out / "model")  # so an unfinished training can be looked at, and shipped
 
     saved, share = time.monotonic(), clock.share
     while share < 1 and step < config.max_steps:

@@ -175,6 +175,13 @@ def load_checkpoint(
     return state["facts"]
 
 
+def write_trunk(trunk: Any, folder: Path) -> None:
+    """A folder as transformers writes it, with the normalisation that the trunk was trained under."""
+    trunk.save_pretrained(folder)
+    processor = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "size": {"height": 64, "width": 64}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
 def log_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON line: the loss curve that the bundle's card shows."""
     path.parent.mkdir(parents=True, exist_ok=True)
