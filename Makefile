@@ -11,6 +11,7 @@
 #   make comparison                the plot of samplers and rivals in docs/method.md
 #   make kernel-table              what every Triton kernel takes on every target, into docs/kernels.md
 #   make train                     how the embedded models were made (hours)
+#   make architectures             a ConvNeXt beside the embedded ViT: docs/architectures.md anew (half an hour)
 #   make bundle-report             measure the embedded bundle anew, and write its figures and its card
 
 PYTHON ?= python3
@@ -26,7 +27,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo figures comparison kernel-table test test-slow lint types bench gpu wheel-check train bundle-report clean shards
+.PHONY: demo figures comparison kernel-table test test-slow lint types bench gpu wheel-check train architectures bundle-report clean shards
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -88,6 +89,9 @@ wheel-check: $(VENV)/.installed-dev
 
 train: $(VENV)/.installed-dev
 	PYTHON=$(RUN) sh tools/train_all.sh
+
+architectures: $(VENV)/.installed-dev build/train/emoji64.npz
+	PYTHON=$(RUN) sh tools/architectures.sh
 
 # The scripts import each other, and nothing else may be found there: the root's kernels/ must stay off the path.
 bundle-report: export PYTHONPATH := tools

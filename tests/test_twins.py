@@ -1,11 +1,11 @@
-"""Every system in small, the real architectures and formats: loaded, read, sampled, explained, compared, exported."""
+"""Every system in small, the real architectures and formats: loaded, read, sampled, explained, compared. Exported in
+tests/export/test_twins_exported.py."""
 
 import numpy as np
 import pytest
 import torch
 
 import tiltscope
-from tiltscope.engine.cli.main import run
 from tiltscope.engine.compare import compare
 from tiltscope.engine.config import CompareConfig
 from tiltscope.engine.errors import BundleError, ConfigError
@@ -129,18 +129,6 @@ def test_a_function_of_latents_is_not_asked_about_pictures(twin):
     mine = tiltscope.Feature(lambda x0: x0.mean(dim=(1, 2, 3)), name="mean")
     with pytest.raises(ConfigError, match="a function of the prior's latents, and the rivals are pictures"):
         tiltscope.explain(twin, mine, num=1, lam=1.0, steps=1)
-
-
-def test_export_builds_onnx_behind_its_gate_and_draws(twin, tmp_path, monkeypatch):
-    """`tiltscope export`: five graphs, held to float64 at every level; and a sample by them beside eager torch's."""
-    monkeypatch.setenv("TILTSCOPE_HOME", str(tmp_path / "home"))
-    assert run(["export", "--runner", "onnx", "--bundle", str(twin.path), "--batch", "1,2", "--quiet"]) == 0
-    asked = {"num": 2, "steps": 3, "seed": 3, "lam": 5.0}
-    drawn, eager = (tiltscope.sample(twin.prior, sae(twin, 0), runner=runner, **asked) for runner in ("onnx", "torch"))
-    assert drawn.manifest["runner"] == "onnx"
-    assert drawn.manifest["parity"]["failure"] is None
-    assert max(drawn.manifest["parity"]["errors"].values()) < 1e-4
-    torch.testing.assert_close(drawn.x0, eager.x0, rtol=1e-3, atol=1e-3)
 
 
 def test_a_trunk_of_another_kind_than_the_bundle_says(build_twin, tmp_path):
