@@ -65,7 +65,7 @@ def test_explain_calibrates_functions_and_remembers_nothing_of_them(tiny_bundle,
     x0 = one.answers["tilt"].x0
     torch.testing.assert_close(one.answers["tilt"].activation, x0.mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
 
-    reached = float(tiltscope.sample(bundle.prior, brightness(-1.0), lam=20.0, seed=4, **drawn).activation.mean())
-    found = explained(-1.0, target_activation=reached, beyond_pool=True, calibration_num=16)
+    reached = float(tiltscope.sample(bundle.prior, brightness(-1.0), lam=3.0, seed=4, **drawn).activation.mean())
+    found = explained(-1.0, target_activation=reached, beyond_pool=True, calibration_num=64)
     assert found.manifest["ascent"] is not None
     assert list(tmp_path.glob("calibrations/*")) == []

@@ -55,7 +55,7 @@ class Ask:
     """what to ask for; default: the name that both bundles have and are most selective for"""
     target_z: float = 2.0
     num: int = 8
-    steps: int = 50
+    steps: int = 25
     seed: int = 0
 
 

@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 quiet="nice -n ${NICE:-10} $python"
 [ -f "$out/trunk/model/config.json" ] || $quiet "$here/train_convnext.py" --data "$data" --out "$out/trunk" --minutes "${TRUNK_MINUTES:-25}"
 [ -f "$out/sae/config.json" ] || $quiet "$here/train_sae.py" --data "$data" --trunk "$out/trunk/model" --hook stages.1.3 --out "$out/sae" \
-    --num-latents 1024 --k 16 --minutes "${SAE_MINUTES:-5}" --threads 1
+    --num-latents 1024 --k 16 --batch 512 --minutes "${SAE_MINUTES:-6}" --threads 1
 [ -f "$out/pictures/metadata.jsonl" ] || $quiet "$here/architectures.py" pictures --data "$data" --out "$out/pictures"
 [ -f "$out/bundle/bundle.json" ] || $quiet -m tiltscope bundle --prior "$embedded/prior" --pixel-unshuffle 4 --trunk "$out/trunk/model" \
     --sae "$out/sae" --pool "$out/pictures" --name emoji64-convnext --out "$out/bundle"
