@@ -127,6 +127,28 @@ def test_a_refusal_says_where_the_error_enters_and_which_files_they_are(bundle, 
         draw(bundle, runner="mirror")
 
 
+class Overexposed(TorchStep):
+    """A step that is right in the graph which is held at load, and wrong in another."""
+
+    def measure(self, x0, readout):
+        activation, drive = super().measure(x0, readout)
+        return activation, drive * 1.01
+
+
+def test_a_graph_that_a_run_meets_later_is_held_before_its_first_use(bundle, mirror):
+    """The manifest then has its errors beside those of the load; a wrong one ends the run, or is stamped where allowed."""
+    errors = draw(bundle, runner="mirror").manifest["parity"]["errors"]
+    assert {"x0_hat", "activation", "drive", "grad_a", "turn", "measure.drive"} <= set(errors)
+    assert max(errors.values()) < 1e-4
+    mirror.kind = Overexposed
+    with pytest.raises(ParityError, match=r"runner mirror: graph measure: relative error of drive 1.0e-02"):
+        draw(bundle, runner="mirror")
+    wrong = draw(bundle, runner="mirror", allow_parity_failure=True).manifest["parity"]
+    assert "graph measure" in wrong["failure"]
+    assert wrong["errors"]["measure.drive"] == pytest.approx(0.01, rel=1e-3)
+    assert {"unguided.x0_hat", "gradient.turn", "pullback.grad_a"} <= set(wrong["errors"])
+
+
 def test_an_allowed_failure_is_logged_and_stamped_in_the_manifest(bundle, mirror, caplog):
     right = draw(bundle, runner="mirror")
     assert right.manifest["parity"]["failure"] is None
