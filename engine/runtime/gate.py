@@ -81,13 +81,26 @@ class SelfTest:
 
 
 def record_self_test(step64: Step, shape: tuple[int, ...], readout: Readout | None) -> SelfTest:
-    """Run a float64 reference step at every level of LEVELS on the generator's own noise."""
+    """Run a float64 reference step at every level of LEVELS on the generator's own noise; a silent readout is woken first."""
     sigma = torch.tensor(LEVELS, dtype=torch.float64)
     x = torch.stack([torch.from_numpy(normal(0, at, 0, 0, shape=shape)) for at in range(len(LEVELS))])
     many = None if readout is None else readout.expand(len(LEVELS)).to(torch.float64)
     expected = step64.guided(x, sigma, _alpha(sigma), many)
+    if many is not None and not bool(expected.activation.any()):
+        many = woken(many, expected.drive)
+        expected = step64.guided(x, sigma, _alpha(sigma), many)
     grad_x0 = step64.gradient(expected.x0_hat, many)[2]
     return SelfTest(x=x, sigma=sigma, readout=many, expected=expected, grad_x0=grad_x0)
+
+
+def woken(readout: Readout, drive: Float64[Tensor, "batch"]) -> Readout:
+    """The readout with its biases raised by the largest |drive| and thresholds of 0: about as many tokens above as below.
+
+    On noise most features are silent; a step that gives 0 for every activation would pass. At 0 a latent has no jump, so that
+    rounding cannot decide whether a token counts.
+    """
+    raised = drive.abs().max() / readout.weight.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    return replace(readout, bias=readout.bias + raised, threshold=torch.zeros_like(readout.threshold))
 
 
 def smoothed(readout: Readout | None, dtype: torch.dtype) -> Readout | None:
