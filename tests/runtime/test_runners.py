@@ -221,6 +221,21 @@ def test_a_damaged_artefact_is_named(bundle, mirror):
         draw(bundle, runner="mirror")
 
 
+def test_a_truncated_artefact_and_another_versions_are_refused(bundle, mirror):
+    draw(bundle, runner="mirror")
+    (folder,) = artefacts()
+    description, model = folder / "artefact.json", folder / "model.txt"
+    model.write_text("mir")
+    with pytest.raises(BundleError, match=r"model\.txt has 3 bytes instead of 6.*remove"):
+        draw(bundle, runner="mirror")
+    model.write_text("mirror")
+    facts = json.loads(description.read_text())
+    facts["key"]["versions"]["torch"] = "0.0"
+    description.write_text(json.dumps(facts))
+    with pytest.raises(RunnerError, match="built for something else; remove it and run again"):
+        draw(bundle, runner="mirror")
+
+
 def test_a_failed_build_leaves_nothing(bundle, mirror, monkeypatch):
     def fail(prior, feature, dtype, folder):
         (folder / "half.bin").write_text("half")
