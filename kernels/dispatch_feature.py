@@ -1,7 +1,8 @@
 """The ops between a trunk's tokens and a feature's activation, and their gradients. See dispatch.py.
 
 With implementation "reference" (or "native") the definition runs as it stands: autograd differentiates it and a tracer sees its
-operations, so an exported graph holds it and not an opaque op. The other implementations are ops with a VJP of their own.
+operations, so an exported graph holds it and not an opaque op; it then computes in the readout's own type, 16-bit ones of an
+exported half-precision graph included. The other implementations are ops with a VJP of their own, in float32 or float64.
 """
 
 from collections.abc import Sequence
@@ -36,8 +37,9 @@ def readout(
 ) -> tuple[Tensor, Tensor]:
     """-> (activation [batch], drive [batch]) of reference_feature.readout; differentiable with respect to tokens alone.
 
-    tokens [batch, tokens, width] in the readout's type or a 16-bit one; direction, bias, threshold, weight, pooling of one type,
-    float32 or float64 (triton: float32); mask bool. Raises ConfigError, RunnerError.
+    tokens [batch, tokens, width] in the readout's type or, where that is wider, a 16-bit one; direction, bias, threshold, weight,
+    pooling of one type, float32 or float64 (triton: float32; reference and native: also float16 and bfloat16); mask bool. Raises
+    ConfigError, RunnerError.
     """
     require_implementation(implementation, tokens.device)
     _check_rows(tokens, direction, bias, implementation)
@@ -67,6 +69,7 @@ def readout_of_rows(
     """
     require_implementation(implementation, pre.device)
     require(pre.dim() == 3 and pre.numel() > 0, "pre", f"shape {list(pre.shape)}", "[batch, rows, tokens]")
+    _check_dtype("pre", pre.dtype, implementation)
     batch, rows, num_tokens = pre.shape
     if implementation in INLINE:
         _check_pooling((batch, num_tokens), pre, threshold, weight, pooling, mask)
@@ -108,10 +111,11 @@ def sae_rows(
 
 
 def _check_rows(tokens: Tensor, direction: Tensor, bias: Tensor, implementation: Implementation) -> None:
-    allowed = STATE_DTYPES if implementation != "triton" else STATE_DTYPES[:1]
-    require(direction.dtype in allowed, "direction", direction.dtype, " or ".join(map(str, allowed)))
+    _check_dtype("direction", direction.dtype, implementation)
     require(tokens.dim() == 3 and tokens.numel() > 0, "tokens", f"shape {list(tokens.shape)}", "[batch, tokens, width]")
-    require_like("tokens", tokens, tokens.shape, [direction.dtype, *NETWORK_DTYPES], tokens.device)
+    # Tokens are widened, never narrowed: a 16-bit readout reads tokens of its own type alone.
+    narrower = NETWORK_DTYPES if direction.dtype in STATE_DTYPES else ()
+    require_like("tokens", tokens, tokens.shape, [direction.dtype, *narrower], tokens.device)
     shape = f"shape {list(direction.shape)}"
     require(direction.dim() >= 3 and direction.numel() > 0, "direction", shape, "[batch, rows, width, ...]")
     batch, width = tokens.shape[0], tokens.shape[2]
@@ -119,6 +123,18 @@ def _check_rows(tokens: Tensor, direction: Tensor, bias: Tensor, implementation:
     like = (batch, rows, width, *direction.shape[3:])
     require_like("direction", direction, like, [direction.dtype], tokens.device)
     require_like("bias", bias, (batch, rows), [direction.dtype], tokens.device)
+
+
+def _check_dtype(argument: str, dtype: torch.dtype, implementation: Implementation) -> None:
+    """Raises ConfigError where `implementation` does not compute a readout in `dtype`."""
+    if implementation in INLINE:
+        allowed = (*STATE_DTYPES, *NETWORK_DTYPES)
+    else:
+        allowed = STATE_DTYPES[:1] if implementation == "triton" else STATE_DTYPES
+    named = " or ".join(map(str, allowed))
+    narrow = dtype in NETWORK_DTYPES and implementation not in INLINE
+    hint = f" with kernels {implementation!r}; kernels 'reference' take 16-bit readouts" if narrow else ""
+    require(dtype in allowed, argument, dtype, named + hint)
 
 
 def _check_pooling(

@@ -5,6 +5,7 @@
                                                                     built them, a quarter of an hour; recorded
     python tools/engine_table.py --build latent --graphs guided     some graphs; tiny, energydps and latent are tiny random
                                                                     networks of other architectures (tests/twin_bundle.py)
+    python tools/engine_table.py --build tiny --graphs guided --buckets 1,8     with fewer profiles than the runner has: sooner
     python tools/engine_table.py --check                            exits 1 where the file is not what would be written
 
 A build that falls back, or has a layer that is not supported, is not recorded: it fails (export/tensorrt.py). Records are lines
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS, RESULTS = ROOT / "docs" / "runners.md", ROOT / "benchmarks" / "results" / "engines.jsonl"
 BEGIN, END = "<!-- tools/engine_table.py: begin -->", "<!-- end -->"
 RUNNER = "tensorrt_rtx"
+RUNNERS_BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # of engine/runtime/tensorrt_step.py, without the seconds of importing it
 GRAPHS = ("unguided", "guided", "measure", "gradient", "pullback")
 # What is behind a name, in the table's words.
 BUNDLES = {
@@ -53,8 +55,8 @@ def load_test_module(name: str) -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
-def build(name: str, graphs: Sequence[str], dtype_name: str) -> None:
-    """Engines for all targets and all buckets; a line of RESULTS each. All graphs: as the runner keeps them."""
+def build(name: str, graphs: Sequence[str], dtype_name: str, buckets: Sequence[int]) -> None:
+    """Engines for all targets; a line of RESULTS each. All graphs in all of the runner's buckets: as the runner keeps them."""
     import torch
 
     import tiltscope
@@ -68,17 +70,20 @@ def build(name: str, graphs: Sequence[str], dtype_name: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         bundle = tiltscope.load(bundle_folder(name, Path(place) / "bundle"))
         prior, feature = bundle.prior, bundle.feature(next(iter(bundle.features())).feature)
-        if set(graphs) == set(GRAPHS):
+        if set(graphs) == set(GRAPHS) and tuple(buckets) == BUCKETS:
             built = json.loads((build_step(RUNNER, prior, feature, dtype).folder / BUILD).read_text())
         else:
-            built = {graph: build_one(prior.to(dtype), feature.to(dtype), graph, Path(place)) for graph in graphs}
+            built = {
+                graph: build_one(prior.to(dtype), feature.to(dtype), graph, Path(place), buckets) for graph in graphs
+            }
     for graph, told in built.items():
-        facts = {"bundle": name, "dtype": dtype_name, "graph": graph, "targets": TARGETS, "profiles": len(BUCKETS)}
+        facts = {"bundle": name, "dtype": dtype_name, "graph": graph, "targets": TARGETS}
+        facts |= {"profiles": len(buckets), "largest_batch": buckets[-1]}
         append_result(RESULTS, RUNNER, **facts, **told, builder=needed(RUNNER, RUNNER).__version__)
         print(f"{name} {dtype_name} {graph}: {told['layers']} layers, {told['bytes'] / 1e6:.1f} MB", flush=True)
 
 
-def build_one(prior: Any, feature: Any, graph: str, place: Path) -> dict[str, Any]:
+def build_one(prior: Any, feature: Any, graph: str, place: Path, buckets: Sequence[int]) -> dict[str, Any]:
     """What the builder tells of one graph of networks that are in their dtype already."""
     from tiltscope.export.graphs import examples
     from tiltscope.export.onnx import write_onnx
@@ -89,7 +94,7 @@ def build_one(prior: Any, feature: Any, graph: str, place: Path) -> dict[str, An
     traced = trace(StepNetworks(prior.network, feature.trunk), graph, example)
     write_onnx(traced, graph, example, path, {}, folded=True)
     at = time.perf_counter()
-    _, told = build_engine(RUNNER, path, targets=TARGETS)
+    _, told = build_engine(RUNNER, path, targets=TARGETS, buckets=buckets)
     return told | {"seconds": time.perf_counter() - at}
 
 
@@ -109,14 +114,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     builders = sorted({row["builder"] for row in rows})
     targets = sorted({", ".join(row["targets"]) for row in rows})
     lines = [
-        f"TensorRT-RTX {' and '.join(builders)}; one file for {' and '.join(targets)}, in {rows[0]['profiles']} profiles, "
-        "batches to 64; seconds on one busy core.",
+        f"TensorRT-RTX {' and '.join(builders)}; one file for {' and '.join(targets)}. The runner has 7 profiles to a "
+        "batch of 64; a build with fewer shows that the graph builds, its size is not the runner's. Seconds on one busy core.",
         "",
-        "| networks | dtype | graph | layers | engine, MB | seconds | warnings |",
-        "|---|---|---|---|---|---|---|",
+        "| networks | dtype | graph | profiles, to batch | layers | engine, MB | seconds | warnings |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = (BUNDLES[row["bundle"]], row["dtype"], f"`{row['graph']}`", f"{row['layers']:,}")
+        profiles = f"{row['profiles']}, {row.get('largest_batch', 64)}"
+        cells = (BUNDLES[row["bundle"]], row["dtype"], f"`{row['graph']}`", profiles, f"{row['layers']:,}")
         cells += (f"{row['bytes'] / 1e6:.1f}", f"{row['seconds']:.0f}", "; ".join(row["warnings"]) or "none")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -138,13 +144,19 @@ def main() -> int:
     parser.add_argument("--build", choices=BUNDLES)
     parser.add_argument("--dtypes", default="float32", help="comma-separated")
     parser.add_argument("--graphs", default=",".join(GRAPHS), help="comma-separated")
+    parser.add_argument(
+        "--buckets", help="comma-separated: the largest batch of each profile; default the runner's own"
+    )
     parser.add_argument("--check", action="store_true")
     asked = parser.parse_args()
+    buckets = [int(each) for each in asked.buckets.split(",")] if asked.buckets else RUNNERS_BUCKETS
+    if sorted(set(buckets)) != list(buckets) or buckets[0] < 1:
+        parser.error(f"--buckets: got {asked.buckets}; whole numbers from 1, each larger than the one before")
     graphs, dtypes = asked.graphs.split(","), asked.dtypes.split(",")
     if not set(graphs) <= set(GRAPHS) or not set(dtypes) <= {"float32", "bfloat16", "float16"}:
         parser.error(f"--graphs, --dtypes: got {asked.graphs}, {asked.dtypes}; graphs are {', '.join(GRAPHS)}")
     for dtype in dtypes if asked.build else ():
-        build(asked.build, graphs, dtype)
+        build(asked.build, graphs, dtype, buckets)
     return write_table(check=asked.check)
 
 

@@ -82,6 +82,7 @@ def run(arguments: Arguments) -> None:
 
 def _compare(arguments: Arguments, prior: Any, feature: Any, dtype: Any) -> tuple[str | None, "list[Parity] | None"]:
     """(why the step is not proven, every comparison): None, None where this machine can build the step but not run it."""
+    from tiltscope.engine.runtime.held import GRAPHS, HeldStep
     from tiltscope.engine.runtime.parity import check, measure
     from tiltscope.engine.runtime.runners import cannot_run, exporter, step_for
 
@@ -90,6 +91,8 @@ def _compare(arguments: Arguments, prior: Any, feature: Any, dtype: Any) -> tupl
     with stage(f"comparing {arguments.runner}", quiet=arguments.common.quiet):
         allow = arguments.allow_parity_failure
         gated = step_for(arguments.runner, prior, feature, dtype, allow_parity_failure=allow)
+        if isinstance(gated.step, HeldStep):
+            gated.step.hold(*GRAPHS)  # here all of them, and not only what a run would need
         rows = measure(gated.step, prior, feature, dtype=dtype, batches=arguments.batch)
         try:
             check(rows, dtype, arguments.runner)

@@ -41,8 +41,9 @@ from tiltscope.engine.runtime.gate import SelfTest
 
 DESCRIPTION, SELF_TEST = "artefact.json", "selftest.safetensors"
 SCHEMA_VERSION = 2
-# What graphs take and give, in which order; another number for every change, so that files of an older form are not opened.
-GRAPH_FORM = 2
+# What graphs take and give, in which order, and what the self-test holds of it; another number for every change, so that files
+# of an older form are not opened.
+GRAPH_FORM = 3
 
 
 @dataclass(frozen=True)

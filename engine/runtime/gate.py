@@ -55,10 +55,13 @@ class SelfTest:
     sigma: Float64[Tensor, "batch"]
     readout: Readout | None
     expected: StepOutput
+    # d drive / d D at the reference's D: what the graphs `gradient` and `pullback` are held to, each alone.
+    grad_x0: Float64[Tensor, "batch ..."]
 
     def save(self, path: Path) -> None:
         """Write as safetensors."""
-        tensors = {"x": self.x, "sigma": self.sigma} | {f"expected.{k}": v for k, v in self.expected._asdict().items()}
+        tensors = {"x": self.x, "sigma": self.sigma, "grad_x0": self.grad_x0}
+        tensors |= {f"expected.{k}": v for k, v in self.expected._asdict().items()}
         if self.readout is not None:
             tensors |= {f"readout.{each.name}": getattr(self.readout, each.name) for each in fields(self.readout)}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
@@ -73,15 +76,31 @@ class SelfTest:
             sigma=tensors["sigma"],
             readout=Readout(**parts) if parts else None,
             expected=StepOutput(**{name: tensors[f"expected.{name}"] for name in StepOutput._fields}),
+            grad_x0=tensors["grad_x0"],
         )
 
 
 def record_self_test(step64: Step, shape: tuple[int, ...], readout: Readout | None) -> SelfTest:
-    """Run a float64 reference step at every level of LEVELS on the generator's own noise."""
+    """Run a float64 reference step at every level of LEVELS on the generator's own noise; a silent readout is woken first."""
     sigma = torch.tensor(LEVELS, dtype=torch.float64)
     x = torch.stack([torch.from_numpy(normal(0, at, 0, 0, shape=shape)) for at in range(len(LEVELS))])
     many = None if readout is None else readout.expand(len(LEVELS)).to(torch.float64)
-    return SelfTest(x=x, sigma=sigma, readout=many, expected=step64.guided(x, sigma, _alpha(sigma), many))
+    expected = step64.guided(x, sigma, _alpha(sigma), many)
+    if many is not None and not bool(expected.activation.any()):
+        many = woken(many, expected.drive)
+        expected = step64.guided(x, sigma, _alpha(sigma), many)
+    grad_x0 = step64.gradient(expected.x0_hat, many)[2]
+    return SelfTest(x=x, sigma=sigma, readout=many, expected=expected, grad_x0=grad_x0)
+
+
+def woken(readout: Readout, drive: Float64[Tensor, "batch"]) -> Readout:
+    """The readout with its biases raised by the largest |drive| and thresholds of 0: about as many tokens above as below.
+
+    On noise most features are silent; a step that gives 0 for every activation would pass. At 0 a latent has no jump, so that
+    rounding cannot decide whether a token counts.
+    """
+    raised = drive.abs().max() / readout.weight.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    return replace(readout, bias=readout.bias + raised, threshold=torch.zeros_like(readout.threshold))
 
 
 def smoothed(readout: Readout | None, dtype: torch.dtype) -> Readout | None:
@@ -104,6 +123,34 @@ def relative_errors(step: Step, test: SelfTest, dtype: torch.dtype) -> dict[str,
     return errors | {"turn": 1 - least_cosine(got.grad_a, test.expected.grad_a)}
 
 
+def graph_errors(step: Step, graph: str, test: SelfTest, dtype: torch.dtype) -> dict[str, float]:
+    """`relative_errors` of one of a step's graphs (engine/runtime/exported.py), of the outputs that it has.
+
+    measure and gradient read the reference's D, pullback pulls the reference's d drive / d D back: no error of one is another's.
+    """
+    if graph == "guided":
+        return relative_errors(step, test, dtype)
+    expected, x = test.expected, test.x.to(dtype)
+    readout = None if test.readout is None else test.readout.to(dtype)
+    if graph == "unguided":
+        return {"x0_hat": relative_error(step.unguided(x, test.sigma, _alpha(test.sigma)), expected.x0_hat)}
+    if graph == "pullback":
+        return _gradient_errors(step.linearise(x, test.sigma)[1](test.grad_x0.to(dtype)), expected.grad_a)
+    x0 = expected.x0_hat.to(dtype)
+    gradients: dict[str, float] = {}
+    if graph == "gradient":
+        activation, drive, grad = step.gradient(x0, readout)
+        gradients = _gradient_errors(grad, test.grad_x0)
+    else:
+        activation, drive = step.measure(x0, readout)
+    values = {"activation": activation, "drive": drive}
+    return {name: relative_error(got, getattr(expected, name)) for name, got in values.items()} | gradients
+
+
+def _gradient_errors(got: Float[Tensor, "batch ..."], expected: Float64[Tensor, "batch ..."]) -> dict[str, float]:
+    return {"grad_a": relative_error(got, expected), "turn": 1 - least_cosine(got, expected)}
+
+
 def check_step(step: Step, test: SelfTest, dtype: torch.dtype) -> dict[str, float]:
     """The errors, all within LIMITS. Raises ParityError naming the outputs that are not."""
     errors = relative_errors(step, test, dtype)
@@ -111,16 +158,16 @@ def check_step(step: Step, test: SelfTest, dtype: torch.dtype) -> dict[str, floa
     return errors
 
 
-def check_errors(errors: Mapping[str, float], dtype: torch.dtype, runner: str) -> None:
-    """Raises ParityError naming the outputs that are beyond their limit."""
+def check_errors(errors: Mapping[str, float], dtype: torch.dtype, runner: str, graph: str = "guided") -> None:
+    """Raises ParityError naming the outputs of a graph that are beyond their limit."""
     limits = LIMITS[dtype]
     allowed = dict.fromkeys(StepOutput._fields, limits.error) | {"turn": 1 - limits.cosine}
     wrong = {name: error for name, error in errors.items() if not error <= allowed[name]}
     if wrong:
         listed = ", ".join(f"{name} {error:.1e} (allowed {allowed[name]:.0e})" for name, error in wrong.items())
         raise ParityError(
-            f"runner {runner}: relative error of {listed}; its step does not reproduce the reference on this machine: "
-            "rebuild it, or use --runner torch"
+            f"runner {runner}: graph {graph}: relative error of {listed}; its step does not reproduce the reference on this "
+            "machine: rebuild it, or use --runner torch"
         )
 
 

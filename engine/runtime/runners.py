@@ -1,8 +1,8 @@
 """Which runner executes a step, by name. A runner that is not asked for is never imported, and none is substituted.
 
 "torch" is built in. Others register an Exporter under the entry-point group below. The first use of such a runner calls the one
-hook, `build_step`, which builds an artefact; every use loads the artefact and holds it to its stored self-test before it is
-trusted (gate.py). This module imports no torch: the command line's --help reads the names.
+hook, `build_step`, which builds an artefact; every use loads the artefact and holds each of its graphs to the stored self-test
+before it is trusted (gate.py, held.py). This module imports no torch: the command line's --help reads the names.
 """
 
 import logging
@@ -67,7 +67,11 @@ def cannot_run(runner: str) -> str | None:
 
 
 class Gated(NamedTuple):
-    """A step, what its self-test gave, and why it should not have passed: None, unless that was allowed."""
+    """A step, what its self-test gave, and why it should not have passed: None, unless that was allowed.
+
+    parity: the errors of the graph `guided` by its outputs' names; a graph that is held later (held.py) adds its own, as
+    "graph.output".
+    """
 
     step: "Step"
     parity: dict[str, float] | None
@@ -116,23 +120,31 @@ def step_for(
 
     if runner == REFERENCE:
         return Gated(TorchStep(prior, feature, kernels=kernels), None, None)
-    from tiltscope.engine.runtime.gate import check_errors, relative_errors
+    from tiltscope.engine.runtime.gate import check_errors
+    from tiltscope.engine.runtime.held import AT_LOAD, GRAPHS, HeldStep
 
     chosen = exporter(runner)
     if missing := chosen.cannot_run():  # before a build of minutes that would be for nothing
         raise RunnerError(f"runner {runner}: {missing}")
     artefact = build_step(runner, prior, feature, dtype)
-    step = chosen.load(artefact.folder, prior, feature, dtype)
-    errors = relative_errors(step, artefact.self_test, dtype)
-    try:
-        check_errors(errors, dtype, runner)
-    except ParityError as error:
-        message = f"{error}; {chosen.locate(prior, feature, dtype)} (files: {artefact.folder})"
-        if not allow_parity_failure:
-            raise ParityError(message) from error
-        logger.warning("parity failure allowed: %s", message)
-        return Gated(step, errors, message)
-    return Gated(step, errors, None)
+    parity: dict[str, float] = {}
+    failures: list[str] = []
+
+    def judge(graph: str, errors: dict[str, float]) -> None:
+        parity.update(errors if graph == AT_LOAD else {f"{graph}.{name}": error for name, error in errors.items()})
+        try:
+            check_errors(errors, dtype, runner, graph)
+        except ParityError as error:
+            message = f"{error}; {chosen.locate(prior, feature, dtype)} (files: {artefact.folder})"
+            if not allow_parity_failure:
+                raise ParityError(message) from error
+            logger.warning("parity failure allowed: %s", message)
+            failures.append(message)
+
+    step = HeldStep(chosen.load(artefact.folder, prior, feature, dtype), artefact.self_test, dtype, judge)
+    # What is allowed to fail is said at once and as a whole: the run's manifest holds it.
+    step.hold(*(GRAPHS if allow_parity_failure else (AT_LOAD,)))
+    return Gated(step, parity, " | ".join(failures) or None)
 
 
 def build_step(runner: str, prior: "Prior", feature: "Feature", dtype: "torch.dtype") -> "Artefact":

@@ -3,7 +3,8 @@
     FOLDER/<graph>.engine    from export/tensorrt.py; one optimisation profile a bucket
 
 Runs on the caller's CUDA stream: inputs and outputs are torch's own device memory, handed over by address; nothing is copied and
-the host does not wait. Needs a CUDA device and its driver: what of this ran on a machine without is in docs/runners.md.
+the host does not wait, but for inputs in the host's memory (the self-test's), which go there and come back. Needs a CUDA device
+and its driver: what of this ran on a machine without is in docs/runners.md.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,9 +49,14 @@ def _current_stream(tensor: Tensor) -> Any:
 class EngineFiles:
     """FOLDER/<graph>.engine as a RunGraph. Files are opened at their graph's first call; one execution context a profile."""
 
-    def __init__(self, folder: Path, runner: str, stream_of: Callable[[Tensor], Any] | None = None) -> None:
-        """stream_of: the CUDA stream that a tensor's device is working on (default torch's current one)."""
-        self._folder, self._runner = folder, runner
+    def __init__(
+        self, folder: Path, runner: str, stream_of: Callable[[Tensor], Any] | None = None, device: str = "cuda"
+    ) -> None:
+        """stream_of: the CUDA stream that a tensor's device is working on (default torch's current one).
+
+        device: where engines run. What lies elsewhere, as the self-test's stored inputs do, is brought there and back.
+        """
+        self._folder, self._runner, self._device = folder, runner, device
         self._stream_of = stream_of or _current_stream
         self._trt = needed(runner, runner)
         self._log = self._trt.Logger(self._trt.Logger.WARNING)
@@ -60,9 +66,10 @@ class EngineFiles:
 
     def __call__(self, graph: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Enqueued on torch's current stream. Raises RunnerError where the engine refuses a shape or the call."""
-        device, stream = inputs[0].device, self._stream_of(inputs[0])
-        context = self._context(graph, profile_of(len(inputs[0])), stream)
-        given = [each.detach().contiguous() for each in inputs]
+        came_from = inputs[0].device
+        given = [self._there(each.detach()).contiguous() for each in inputs]
+        device, stream = given[0].device, self._stream_of(given[0])
+        context = self._context(graph, profile_of(len(given[0])), stream)
         for name, tensor in zip(INPUTS[graph], given, strict=True):
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 raise RunnerError(f"runner {self._runner}: graph {graph} refuses {name} of shape {list(tensor.shape)}")
@@ -75,7 +82,11 @@ class EngineFiles:
         if not context.execute_async_v3(stream.cuda_stream):
             raise RunnerError(f"runner {self._runner}: graph {graph} could not be enqueued; the log above says why")
         # The caller's own stream: torch hands freed memory out again on it only, hence after this call's work.
-        return outputs
+        return outputs if device == came_from else [each.to(came_from) for each in outputs]
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        """On the engines' kind of device; one that is there already stays on its own."""
+        return tensor if tensor.device.type == self._device else tensor.to(self._device)
 
     def _context(self, graph: str, profile: int, stream: Any) -> Any:
         if (graph, profile) not in self._contexts:

@@ -121,7 +121,7 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
     (tmp_path / "unguided.engine").write_bytes(b"engine")
     (tmp_path / "measure.engine").write_bytes(b"of another version")
-    return EngineFiles(tmp_path, "tensorrt_rtx", lambda tensor: SimpleNamespace(cuda_stream=77)), log
+    return EngineFiles(tmp_path, "tensorrt_rtx", lambda tensor: SimpleNamespace(cuda_stream=77), "cpu"), log
 
 
 def unguided(num):
@@ -136,6 +136,18 @@ def test_a_call_hands_over_addresses_and_enqueues_on_the_callers_stream_in_its_p
         (found,) = files("unguided", inputs)
         assert torch.equal(found, 2 * inputs[0])
     assert log == [(0, 1, 77), (1, 2, 77), (2, 3, 77), (3, 8, 77), (6, 64, 77), (2, 3, 77)]
+
+
+def test_what_lies_in_another_memory_is_brought_to_the_device_and_its_answer_back(device):
+    """As the self-test's stored inputs must be; here from a memory that holds no numbers, so that the way alone is seen."""
+    files, log = device
+    brought = []
+    files._there = lambda tensor: brought.append(tensor.device.type) or torch.ones_like(tensor, device="cpu")
+    (found,) = files("unguided", [each.to("meta") for each in unguided(2)])
+    assert set(brought) == {"meta"}
+    assert len(log) == 1
+    assert found.device.type == "meta"
+    assert found.shape == (2, 3, 4, 4)
 
 
 def test_a_batch_above_the_profile_is_refused_with_what_is_allowed(device, bundle):

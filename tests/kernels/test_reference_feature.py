@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from feature_cases import rows_case
+from feature_cases import ROUNDING, rows_case
 from readout_cases import readout_case
 
 import tiltscope
 from tiltscope.kernels import dispatch
 from tiltscope.kernels import dispatch_feature as ops
+from tiltscope.kernels.implementation import IMPLEMENTATIONS, INLINE
 
 CASE = readout_case(3, 17, 24, 5).to(torch.float64)
 
@@ -96,7 +97,8 @@ def test_the_ops_of_rows_are_well_formed(window, grid):
         ({"grid": (3, 5)}, "grid: got \\(3, 5\\), allowed is two numbers whose product is 12"),
         ({"direction": torch.zeros(2, 2, 8, 2, 3)}, "direction: got .*both odd"),
         ({"direction": torch.zeros(2, 2, 7, 3, 3)}, "direction: got shape"),
-        ({"direction": torch.zeros(2, 2, 8, 3, 3).half()}, "direction: got torch.float16"),
+        ({"direction": torch.zeros(2, 2, 8, 3, 3).int()}, "direction: got torch.int32"),
+        ({"direction": torch.zeros(2, 2, 8, 3, 3).half()}, "tokens: got torch.float32, allowed is torch.float16$"),
         ({"bias": torch.zeros(2, 3)}, "bias: got shape"),
         ({"tokens": torch.zeros(2, 12, 8).double()}, "tokens: got torch.float64"),
         ({"tokens": torch.zeros(2, 0, 8)}, "tokens: got shape"),
@@ -122,7 +124,8 @@ def test_the_reference_is_seen_by_a_tracer_as_its_operations():
         (0, "tokens", lambda t: t[0]),
         (0, "tokens", lambda t: t.float()),
         (1, "direction", lambda t: t[..., :3]),
-        (1, "direction", lambda t: t.half()),
+        (1, "tokens", lambda t: t.half()),
+        (1, "direction", lambda t: t.long()),
         (2, "bias", lambda t: t[:1]),
         (3, "threshold", lambda t: t.float()),
         (4, "weight", lambda t: t.to("meta")),
@@ -135,3 +138,75 @@ def test_a_wrong_argument_is_a_config_error_that_names_it(place, name, change):
     given[place] = change(given[place])
     with pytest.raises(tiltscope.errors.ConfigError, match=f"^{name}: got "):
         ops.readout(*given)
+
+
+# In units of half a unit in the last place (2^-11 and 2^-8, ROUNDING), seen over 20 seeds. Values, as a share of the sum of their
+# terms' largest: .72 and .69. Pre-activations and their gradient, of their largest: 2.0 and 2.3. A readout's gradient, of its
+# largest: 10.8 and 5.6, because a share of exp(v / T) has 1 / T = 5 times the rounding of v.
+VALUE, ROWS, SLOPE = 2, 4, 20
+HALVES = (torch.float16, torch.bfloat16)
+inline = pytest.mark.parametrize("implementation", INLINE)
+
+
+@inline
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_readout_in_half_precision_is_float64_of_the_same_numbers_to_its_rounding(dtype, implementation):
+    """What a half-precision export traces. Read without a maximum: where two places tie, rounding decides which it takes."""
+    case = readout_case(3, 17, 24, 5).to(dtype)
+    pooling = torch.stack(
+        [torch.zeros_like(case.pooling[..., 0]), case.pooling[..., :2].sum(-1), case.pooling[..., 2]], -1
+    )
+    case = case._replace(pooling=pooling)
+    wide = case.to(torch.float64)
+
+    def read(given, chosen):
+        tokens = given.tokens.clone().requires_grad_()
+        made = ops.readout(tokens, *given[1:7], implementation=chosen)
+        return *(each.detach() for each in made), torch.autograd.grad(made, tokens, given[7:])[0]
+
+    found, exact = read(case, implementation), read(wide, "reference")
+    pre = ops.sae_rows(wide.tokens, wide.direction, wide.bias)
+    terms = wide.weight.abs().sum(1) * pre.abs().amax((1, 2))
+    scales = (terms, terms, exact[2].abs().amax((1, 2), keepdim=True))
+    for each, wanted, scale, allowed in zip(found, exact, scales, (VALUE, VALUE, SLOPE), strict=True):
+        assert each.dtype == dtype
+        assert bool(scale.gt(0).all())
+        assert float(((each.double() - wanted).abs() / scale).max()) <= allowed * ROUNDING[dtype]
+    rows = ops.readout_of_rows(pre.to(dtype), *case[3:7], implementation=implementation)
+    expected = ops.readout_of_rows(pre.to(dtype).double(), *wide[3:7])
+    for each, wanted in zip(rows, expected, strict=True):
+        assert float(((each.double() - wanted).abs() / terms).max()) <= VALUE * ROUNDING[dtype]
+
+
+@inline
+@pytest.mark.parametrize(("window", "grid"), WINDOWS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_rows_in_half_precision_are_float64_of_the_same_numbers_to_their_rounding(dtype, window, grid, implementation):
+    case = rows_case(2, grid, 5, 3, window)
+    narrow = [each.to(dtype) for each in (case.tokens, case.direction, case.bias, case.pre_bar)]
+
+    def rows(tokens, direction, bias, bar, chosen):
+        tokens = tokens.clone().requires_grad_()
+        made = ops.sae_rows(tokens, direction, bias, grid=case.grid, implementation=chosen)
+        return made.detach(), torch.autograd.grad(made, tokens, bar)[0]
+
+    exact = rows(*(each.double() for each in narrow), "reference")
+    for found, wanted in zip(rows(*narrow, implementation), exact, strict=True):
+        assert found.dtype == dtype
+        assert float((found.double() - wanted).abs().max() / wanted.abs().max()) <= ROWS * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("implementation", [each for each in IMPLEMENTATIONS if each not in INLINE])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_kernels_of_their_own_refuse_a_readout_in_half_precision(dtype, implementation, monkeypatch):
+    """They keep a readout in float32, whatever the tokens are in. Not asked here whether they can run: that is said first."""
+    monkeypatch.setattr(ops, "require_implementation", lambda *given: None)
+    case = readout_case(3, 17, 24, 5).to(dtype)
+    rows = rows_case(2, (3, 4), 8, 2, (3, 3))
+    says = rf"got {dtype}, allowed is torch.float32.* with kernels '{implementation}'; kernels 'reference' take 16-bit"
+    with pytest.raises(tiltscope.errors.ConfigError, match=f"^direction: {says}"):
+        ops.readout(*case[:7], implementation=implementation)
+    with pytest.raises(tiltscope.errors.ConfigError, match=f"^direction: {says}"):
+        ops.sae_rows(*(each.to(dtype) for each in rows[:3]), grid=rows.grid, implementation=implementation)
+    with pytest.raises(tiltscope.errors.ConfigError, match=f"^pre: {says}"):
+        ops.readout_of_rows(case.mask.to(dtype), *case[3:7], implementation=implementation)

@@ -58,12 +58,26 @@ def test_the_reference_reproduces_itself(bundle, recorded):
         ("grad_a", lambda g: g * torch.nan),
         ("x0_hat", lambda d: d + 0.001),
         ("drive", lambda v: v.flip(0)),
+        ("activation", torch.zeros_like),
+        ("activation", lambda v: v * 1.001),
     ],
 )
 def test_a_wrong_output_is_refused_by_name(bundle, recorded, output, change):
     step = step_of(bundle, torch.float32)
     with pytest.raises(ParityError, match=output):
         check_step(Wrong(step.prior, step.feature, "wrong", output=output, change=change), recorded, torch.float32)
+
+
+def test_a_silent_feature_is_woken_for_its_self_test_and_an_awake_one_is_left_alone(bundle, recorded):
+    silent, spoken = bundle.feature("blocks.1:sae:3").readout, bundle.feature("blocks.1:neuron:2@mean").readout
+    step = step_of(bundle, torch.float64)
+    alpha = torch.sqrt(1 - recorded.sigma**2)
+    assert not step.guided(recorded.x, recorded.sigma, alpha, silent.expand(5).to(torch.float64)).activation.any()
+    assert (recorded.expected.activation > 0).any()
+    assert (recorded.expected.activation - recorded.expected.drive).abs().max() > 1e-3  # the threshold counts
+    other = record_self_test(step_of(bundle, torch.float64, "blocks.1:neuron:2@mean"), bundle.shape, spoken)
+    assert torch.equal(other.readout.bias, spoken.expand(5).bias.double())
+    assert torch.equal(other.expected.activation, other.expected.drive)
 
 
 def test_another_features_readout_is_seen(bundle, recorded):

@@ -127,6 +127,28 @@ def test_a_refusal_says_where_the_error_enters_and_which_files_they_are(bundle, 
         draw(bundle, runner="mirror")
 
 
+class Overexposed(TorchStep):
+    """A step that is right in the graph which is held at load, and wrong in another."""
+
+    def measure(self, x0, readout):
+        activation, drive = super().measure(x0, readout)
+        return activation, drive * 1.01
+
+
+def test_a_graph_that_a_run_meets_later_is_held_before_its_first_use(bundle, mirror):
+    """The manifest then has its errors beside those of the load; a wrong one ends the run, or is stamped where allowed."""
+    errors = draw(bundle, runner="mirror").manifest["parity"]["errors"]
+    assert {"x0_hat", "activation", "drive", "grad_a", "turn", "measure.drive"} <= set(errors)
+    assert max(errors.values()) < 1e-4
+    mirror.kind = Overexposed
+    with pytest.raises(ParityError, match=r"runner mirror: graph measure: relative error of drive 1.0e-02"):
+        draw(bundle, runner="mirror")
+    wrong = draw(bundle, runner="mirror", allow_parity_failure=True).manifest["parity"]
+    assert "graph measure" in wrong["failure"]
+    assert wrong["errors"]["measure.drive"] == pytest.approx(0.01, rel=1e-3)
+    assert {"unguided.x0_hat", "gradient.turn", "pullback.grad_a"} <= set(wrong["errors"])
+
+
 def test_an_allowed_failure_is_logged_and_stamped_in_the_manifest(bundle, mirror, caplog):
     right = draw(bundle, runner="mirror")
     assert right.manifest["parity"]["failure"] is None
@@ -196,6 +218,21 @@ def test_a_damaged_artefact_is_named(bundle, mirror):
     draw(bundle, runner="mirror")
     (artefacts()[0] / "model.txt").write_text("mirrOr")
     with pytest.raises(BundleError, match=r"model\.txt"):
+        draw(bundle, runner="mirror")
+
+
+def test_a_truncated_artefact_and_another_versions_are_refused(bundle, mirror):
+    draw(bundle, runner="mirror")
+    (folder,) = artefacts()
+    description, model = folder / "artefact.json", folder / "model.txt"
+    model.write_text("mir")
+    with pytest.raises(BundleError, match=r"model\.txt has 3 bytes instead of 6.*remove"):
+        draw(bundle, runner="mirror")
+    model.write_text("mirror")
+    facts = json.loads(description.read_text())
+    facts["key"]["versions"]["torch"] = "0.0"
+    description.write_text(json.dumps(facts))
+    with pytest.raises(RunnerError, match="built for something else; remove it and run again"):
         draw(bundle, runner="mirror")
 
 
