@@ -2,8 +2,7 @@
 
 Every candidate is a number of rows and an interval of noise levels that guides some of them. For each feature (the demo's and
 every 60th of the selectivity ranking, fixed before looking) its strength is the one at which the same seeds reach the target that
-`tiltscope explain` would choose (matching.py). What a guided and an unguided row cost is a least-squares fit to the seconds of
-everything that was drawn.
+`tiltscope explain` would choose (matching.py). What a guided and an unguided row cost is timed in turn.
 
     choice    the cheapest candidate that reaches every feature and whose naturalness, feature by feature, is on average no more
               than one standard error below that of the first candidate, the preset `calibrated` cut to 25 rows
@@ -13,11 +12,12 @@ Appends a line to results/budget.jsonl; tools/benchmark_tables.py writes docs/be
     python benchmarks/budget.py [--num 16]
 """
 
+import json
 import math
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 import tiltscope
 from tiltscope.engine.bench.machine import append_result
+from tiltscope.engine.bench.timing import interleave
 from tiltscope.engine.bundle import Bundle
 from tiltscope.engine.config import ExplainConfig, SampleConfig
 from tiltscope.engine.explain import inquire
@@ -40,6 +41,7 @@ from matching import activation_of, match, naturalness
 
 RESULTS = Path(__file__).parent / "results" / "budget.jsonl"
 EVERY_ROW = (0.0, 1.0)
+TIMED_ROWS = 10
 # Rows, and the noise levels between which they are guided; the first is what the others are held to.
 CANDIDATES: tuple[tuple[int, tuple[float, float]], ...] = (
     (25, EVERY_ROW),
@@ -65,35 +67,46 @@ class Config:
     """pictures of each candidate and feature"""
     batch_size: int = 8
     runner: str = "auto"
-
-
-@dataclass
-class Costs:
-    """Seconds of everything drawn, to be split into a guided and an unguided row's."""
-
-    rows: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
-    seconds: list[float] = field(default_factory=list[float])
-
-    def seconds_a_row(self) -> tuple[float, float]:
-        """(guided, unguided) of one picture."""
-        fit = np.linalg.lstsq(np.array(self.rows, np.float64), np.array(self.seconds), rcond=None)[0]
-        return float(fit[0]), float(fit[1])
+    former: Path | None = None
+    """a results file: the search starts at its last line's strengths, which spares most of the tries"""
 
 
 def kinds(run: Run) -> tuple[int, int]:
     guided = sum(kind == GraphKind.GUIDED for kind in run.plan.kind)
-    return guided, run.plan.num_rows - guided
+    return int(guided), run.plan.num_rows - int(guided)
 
 
-def drawer(run: Run, costs: Costs) -> Callable[[float], Tensor]:
+def drawer(run: Run) -> Callable[[float], Tensor]:
     def draw(strength: float) -> Tensor:
-        started = time.perf_counter()
-        x0 = join(replace(run, lam=strength).draw()).x0
-        costs.rows.append(kinds(run))
-        costs.seconds.append((time.perf_counter() - started) / run.config.num)
-        return x0
+        return join(replace(run, lam=strength).draw()).x0
 
     return draw
+
+
+def asked(bundle: Bundle, address: str, config: Config, steps: int, interval: tuple[float, float]) -> Run:
+    settings = SampleConfig(
+        num=config.num,
+        lam=1.0,
+        preset="calibrated",
+        steps=steps,
+        guidance_interval=interval,
+        batch_size=config.batch_size,
+        runner=config.runner,
+    )
+    return prepare(bundle.prior, bundle.feature(address), settings)
+
+
+def seconds_a_row(bundle: Bundle, config: Config) -> dict[str, float]:
+    """Of one picture in a full bucket, guided and unguided, timed in turn."""
+    num = config.batch_size
+    run = asked(bundle, config.demo, replace(config, num=num), TIMED_ROWS, EVERY_ROW)
+    indices = np.arange(num)
+    ways = {"guided": run, "unguided": replace(run, lam=0.0)}
+    timings = interleave({name: partial(each.draw_bucket, indices) for name, each in ways.items()}, seconds=10.0)
+    unguided = 1e-3 * timings["unguided"].p50 / TIMED_ROWS / num
+    # The first row of the guided one, pure noise, is unguided too.
+    guided = (1e-3 * timings["guided"].p50 / num - unguided) / (TIMED_ROWS - 1)
+    return {"guided": guided, "unguided": unguided}
 
 
 def ranked(bundle: Bundle, config: Config) -> list[str]:
@@ -103,24 +116,17 @@ def ranked(bundle: Bundle, config: Config) -> list[str]:
     return [config.demo, *(f.feature for f in live[:: config.every][: config.features])]
 
 
-def measure(bundle: Bundle, address: str, config: Config, costs: Costs) -> list[dict[str, Any]]:
-    """Every candidate on one feature. A search starts at the strength of the last one that was matched."""
+def measure(bundle: Bundle, address: str, config: Config, former: list[float]) -> list[dict[str, Any]]:
+    """Every candidate on one feature. A search starts at the strength of a former run's, or of the last that was matched."""
     feature, inquiry = bundle.feature(address), inquire(bundle, address, ExplainConfig())
-    start, found = float(inquiry.run.lam or 1.0), []
+    found: list[dict[str, Any]] = []
+    start = float(inquiry.run.lam or 1.0)  # pyright: ignore[reportArgumentType]  # of one feature: a number
     print(f"{address}: target {inquiry.target:.3g}", flush=True)
-    for steps, interval in CANDIDATES:
-        settings = SampleConfig(
-            num=config.num,
-            lam=1.0,
-            preset="calibrated",
-            steps=steps,
-            guidance_interval=interval,
-            batch_size=config.batch_size,
-            runner=config.runner,
-        )
-        run = prepare(bundle.prior, feature, settings)
+    for place, (steps, interval) in enumerate(CANDIDATES):
+        run = asked(bundle, address, config, steps, interval)
         print(f"  {steps} rows, {interval}", flush=True)
-        drawn = match(drawer(run, costs), activation_of(feature), inquiry.target, start)
+        first = former[place] if former else start
+        drawn = match(drawer(run), activation_of(feature), inquiry.target, first)
         start = drawn.strength if drawn.matched else start
         mean, se = naturalness(bundle, drawn.x0)
         guided, unguided = kinds(run)
@@ -142,9 +148,8 @@ def measure(bundle: Bundle, address: str, config: Config, costs: Costs) -> list[
     return found
 
 
-def summary(of_feature: dict[str, list[dict[str, Any]]], costs: Costs) -> list[dict[str, Any]]:
+def summary(of_feature: dict[str, list[dict[str, Any]]], costs: dict[str, float]) -> list[dict[str, Any]]:
     """A line a candidate. behind: naturalness less the first candidate's, mean over features and its standard error over them."""
-    guided, unguided = costs.seconds_a_row()
     lines: list[dict[str, Any]] = []
     for place, (steps, interval) in enumerate(CANDIDATES):
         each = [found[place] for found in of_feature.values()]
@@ -155,7 +160,7 @@ def summary(of_feature: dict[str, list[dict[str, Any]]], costs: Costs) -> list[d
                 "interval": interval,
                 "guided": each[0]["guided"],
                 "unguided": each[0]["unguided"],
-                "seconds": each[0]["guided"] * guided + each[0]["unguided"] * unguided,
+                "seconds": sum(each[0][kind] * cost for kind, cost in costs.items()),
                 "reached": sum(one["matched"] for one in each),
                 "naturalness": float(np.mean([one["naturalness"] for one in each])),
                 "behind": float(differences.mean()),
@@ -170,11 +175,22 @@ def chosen(lines: list[dict[str, Any]], features: int) -> dict[str, Any]:
     return min(able, key=lambda line: line["seconds"])
 
 
+def strengths(config: Config, address: str) -> list[float]:
+    """Of a former run's candidates, in their order; none where there is no former run."""
+    if config.former is None:
+        return []
+    of_feature = json.loads(config.former.read_text().splitlines()[-1])["features"][address]
+    found = {(each["steps"], tuple(each["interval"])): float(each["strength"]) for each in of_feature}
+    return [found[candidate] for candidate in CANDIDATES]
+
+
 def main(config: Config) -> None:
-    bundle, costs = tiltscope.load("emoji64"), Costs()
-    of_feature = {address: measure(bundle, address, config, costs) for address in ranked(bundle, config)}
+    bundle = tiltscope.load("emoji64")
+    of_feature = {
+        address: measure(bundle, address, config, strengths(config, address)) for address in ranked(bundle, config)
+    }
+    costs = seconds_a_row(bundle, config)
     lines = summary(of_feature, costs)
-    guided, unguided = costs.seconds_a_row()
     append_result(
         RESULTS,
         "budget",
@@ -182,7 +198,7 @@ def main(config: Config) -> None:
         num=config.num,
         batch_size=config.batch_size,
         runner=config.runner,
-        seconds_a_row={"guided": guided, "unguided": unguided},
+        seconds_a_row=costs,
         candidates=lines,
         choice=chosen(lines, len(of_feature)),
         features=of_feature,

@@ -1,6 +1,7 @@
 """Whole pictures of one feature at one mean activation: this engine beside what else draws such pictures, in one process.
 
-    plain       diffusers + transformers + autograd, the same plan and noise: the same pictures to rounding
+    tiltscope   the preset fast, and the preset calibrated in 25 rows
+    plain       diffusers + transformers + autograd, the same solver and noise, guided in every row
     deepinv     its DPS at several step counts: |a(D) - y|, y the target, the libraries' own networks behind its interfaces
     published   the 1,000-row update (preset paper_exact, drawn by this engine: faster than as it was published)
     actmax      activation maximisation over a spectrum, as Horama, lucid and lucent do it (engine/tilt/actmax.py)
@@ -54,6 +55,7 @@ from matching import Drawn, activation_of, match, naturalness
 
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED_ROWS = 1000
+FAST = "tiltscope, preset fast"
 # Natural pictures whose mean spectrum activation maximisation keeps.
 MAGNITUDE_NUM = 256
 Draw = Callable[[float, int], Tensor]
@@ -64,12 +66,9 @@ class Config:
     feature: str = "blocks.5:sae:1169"
     num: int = 8
     """pictures, drawn in one batch"""
-    steps: int = 25
-    """rows of this engine and of plain: the preset fast's, or what else is as natural"""
+    plain_steps: tuple[int, ...] = (10, 25)
     runner: str = "auto"
     deepinv_steps: tuple[int, ...] = (10, 25)
-    interval: tuple[float, float] = (0.0, 1.0)
-    """where rows are guided, of the second line of this engine"""
     published_rows: int = 8
     without: tuple[str, ...] = ()
     """ways to leave out, by name"""
@@ -130,7 +129,7 @@ def plain_way(step: PlainStep, run: Run, start: float) -> Way:
         return x
 
     cannot = "no calibrated lambda, one feature a batch"
-    return Way(name="plain", draw=draw, start=start, rows=plan.num_rows, cannot=cannot)
+    return Way(name=f"plain, {plan.num_rows} rows", draw=draw, start=start, rows=plan.num_rows, cannot=cannot)
 
 
 class _DeepinvDenoiser(nn.Module):
@@ -223,21 +222,22 @@ def main(config: Config) -> None:
     bundle = tiltscope.load("emoji64")
     feature, prior = bundle.feature(config.feature), bundle.prior
     target = inquire(bundle, config.feature, ExplainConfig()).target
-    settings = SampleConfig(
-        num=config.num, lam=1.0, preset="fast", steps=config.steps, batch_size=config.num, runner=config.runner
-    )
-    run = prepare(prior, feature, settings)
-    thrifty = prepare(prior, feature, replace(settings, guidance_interval=config.interval))
-    published = prepare(
-        prior, feature, SampleConfig(num=config.num, lam=1.0, preset="paper_exact", batch_size=config.num)
-    )
+
+    def asked(preset: str, runner: str = "torch", **settings: Any) -> Run:
+        asked_for = SampleConfig(
+            num=config.num, lam=1.0, preset=preset, batch_size=config.num, runner=runner, **settings
+        )
+        return prepare(prior, feature, asked_for)
+
+    fast = asked("fast", config.runner)
+    published = asked("paper_exact")
     strength, of_ablation = published_strength(config.feature)
     step = PlainStep(bundle, feature)
     magnitude = natural_magnitude(bundle.pool.x0(range(MAGNITUDE_NUM)))
     ways = [
-        own(run, "tiltscope", 1.1),
-        own(thrifty, "tiltscope, guided where it pays", 1.3),
-        plain_way(step, run, 1.1),
+        own(fast, FAST, 1.1),
+        own(asked("calibrated", config.runner, steps=25), "tiltscope, 25 rows", 1.1),
+        *(plain_way(step, asked("calibrated", steps=steps), 1.1) for steps in config.plain_steps),
         *(deepinv_way(step, target, steps, prior.shape) for steps in config.deepinv_steps),
         published_way(published, config.published_rows, strength),
         actmax_way(feature, target, magnitude, prior.shape),
@@ -247,9 +247,7 @@ def main(config: Config) -> None:
     for way in ways:
         if way.name != "published":
             print(way.name, flush=True)
-            # plain draws the very pictures of the first way, at its strength.
-            start = drawn["tiltscope"].strength if way.name == "plain" else way.start
-            drawn[way.name] = match(partial(_draw, way, config.num), activation_of(feature), target, start)
+            drawn[way.name] = match(partial(_draw, way, config.num), activation_of(feature), target, way.start)
     found = {way.name: described(bundle, way, drawn.get(way.name), of_ablation) for way in ways}
     for num in (config.num, 1):
         calls = {way.name: partial(way.draw, found[way.name]["strength"], num) for way in ways}
@@ -265,10 +263,9 @@ def main(config: Config) -> None:
         target=target,
         num=config.num,
         deepinv=version("deepinv"),
-        runner=run.config.runner,
-        runner_choice=None if run.choice is None else run.choice.to_json(),
-        interval=config.interval,
-        steps=config.steps,
+        runner=fast.config.runner,
+        runner_choice=None if fast.choice is None else fast.choice.to_json(),
+        base=FAST,
         ways=found,
     )
     for name, each in found.items():

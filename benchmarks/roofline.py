@@ -13,6 +13,7 @@ docs/benchmarks.md. What will measure it, on the card: `make gpu` (emoji64), `ti
     python benchmarks/roofline.py
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,16 @@ from torch import Tensor, nn
 import tiltscope
 from tiltscope.engine.bench.machine import append_result
 from tiltscope.engine.bench.traffic import Traffic
-from tiltscope.engine.feature.convnext import ConvNeXtConfig, TruncatedConvNeXt
+from tiltscope.engine.feature.convnext import TruncatedConvNeXt
 from tiltscope.engine.feature.trunk import TruncatedViT
 from tiltscope.engine.feature.vit import ViTConfig
 from tiltscope.engine.prior.decoder import KINDS, Decoder
 from tiltscope.engine.prior.dit import DiT
 from tiltscope.engine.runtime.step import TorchStep
+
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+
+from published_sizes import ADM_256, CONVNEXT_L, KL_DECODER, VIT
 
 RESULTS = Path(__file__).parent / "results" / "roofline.jsonl"
 META = torch.device("meta")
@@ -40,36 +45,15 @@ LAUNCH_US = 5.0
 # Of the fused update (kernels/guided_step.py): x, H, x', H' in float32, D and grad_a in bfloat16.
 UPDATE_BYTES = 20
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Dhariwal & Nichol 2021 (arXiv:2105.05233), the unconditional 256x256 network, as diffusers' UNet2DModel.
-ADM_256: dict[str, Any] = {
-    "sample_size": 256,
-    "in_channels": 3,
-    "out_channels": 6,
-    "block_out_channels": (256, 256, 512, 512, 1024, 1024),
-    "layers_per_block": 2,
-    "attention_head_dim": 64,
-    "down_block_types": ("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
-    "up_block_types": ("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
-    "resnet_time_scale_shift": "scale_shift",
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-}
-CONVNEXT_L = ConvNeXtConfig(depths=(3, 3, 27, 3), hidden_sizes=(192, 384, 768, 1536), image_size=256)
+WIDTH, BLOCKS, HEADS = VIT["L"]
 VIT_L = ViTConfig(
     image_size=256,
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
+    hidden_size=WIDTH,
+    intermediate_size=4 * WIDTH,
+    num_hidden_layers=BLOCKS,
+    num_attention_heads=HEADS,
     num_register_tokens=4,
 )
-KL_DECODER: dict[str, Any] = {
-    "_class_name": "AutoencoderKL",
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-}
 Guided = Callable[[int], None]
 
 
@@ -139,7 +123,7 @@ def dit_vit() -> System:
         )
         decoder = frozen(decoder)
         trunk = frozen(TruncatedViT(VIT_L, "norm", mean=MEAN, std=STD))
-        row = torch.empty(1024, dtype=torch.bfloat16)
+        row = torch.empty(WIDTH, dtype=torch.bfloat16)
 
     def features(x: Tensor) -> Tensor:
         time = torch.zeros(len(x), device=META, dtype=torch.float64)

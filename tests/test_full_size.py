@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from published_sizes import ADM_256, CONVNEXT_L, KL_DECODER, SD_15, VIT
 from tiny_models import MEAN, STD
 from torch.utils.flop_counter import FlopCounterMode
 
-from tiltscope.engine.feature.convnext import ConvNeXtConfig, TruncatedConvNeXt
+from tiltscope.engine.feature.convnext import TruncatedConvNeXt
 from tiltscope.engine.feature.readout import pre_activations
 from tiltscope.engine.feature.sae import SparseAutoencoder
 from tiltscope.engine.feature.trunk import TruncatedViT
@@ -24,34 +25,6 @@ from tiltscope.engine.prior.decoder import KINDS, Decoder
 from tiltscope.engine.prior.dit import DiT
 from tiltscope.engine.runtime.memory import available_mib
 
-CONVNEXT_L = ConvNeXtConfig(depths=(3, 3, 27, 3), hidden_sizes=(192, 384, 768, 1536), image_size=256)
-VIT = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
-# Dhariwal & Nichol 2021 (arXiv:2105.05233), the unconditional 256x256 network, as diffusers' UNet2DModel.
-ADM_256 = {
-    "sample_size": 256,
-    "in_channels": 3,
-    "out_channels": 6,
-    "block_out_channels": (256, 256, 512, 512, 1024, 1024),
-    "layers_per_block": 2,
-    "attention_head_dim": 64,
-    "down_block_types": ("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
-    "up_block_types": ("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
-    "resnet_time_scale_shift": "scale_shift",
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-}
-# Rombach et al. 2022 (arXiv:2112.10752), release 1.5.
-SD_15 = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}
 pytestmark = pytest.mark.slow
 
 
@@ -144,15 +117,8 @@ def test_stable_diffusions_unet():
 
 
 def test_stable_diffusions_decoder():
-    config = {
-        "_class_name": "AutoencoderKL",
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
-    }
     with torch.device("meta"):
-        whole, factor = KINDS["AutoencoderKL"](config)
+        whole, factor = KINDS["AutoencoderKL"](KL_DECODER)
     decoder = Decoder(whole.decoder, whole.post_quant_conv, shape=(4, 32, 32), factor=factor, scale=0.18215, shift=0.0)
     assert decoder.picture_shape == (3, 256, 256)
     assert giga_macs(lambda: decoder(pixels(4, 32, 32))) == pytest.approx(311, rel=0.01)

@@ -39,35 +39,33 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 def peers() -> Iterator[str]:
     yield "## Whole pictures beside peers"
     yield "One feature, one mean activation (within 5 % over the same seeds), the same networks."
-    for line in lines("peers"):
-        base = line["ways"]["tiltscope"]
-        rows: list[list[str]] = []
-        for name, way in line["ways"].items():
-            cells = [name, str(way["rows"]), f"{way['strength']:.3g}"]
-            cells.append(f"{way['mean']:.2f} ± {way['se']:.2f}{'' if way['matched'] else ' (not matched)'}")
-            cells.append(f"{way['naturalness']:.2f} ± {way['naturalness_se'] or 0:.2f}")
-            for num in (line["num"], 1):
-                # Earlier lines drew one picture of this engine in a padded batch of eight: not a time of one picture.
-                padded = num == 1 and "steps" not in line
-                told = way[f"seconds_{num}"]["p50"]
-                beside = "" if padded else f" ({told / base[f'seconds_{num}']['p50']:.2f}x)"
-                cells.append("not measured" if padded and name.startswith("tiltscope") else f"{told:.2f}{beside}")
-            rows.append([*cells, way["cannot"] or "-"])
-        columns = [
-            "way",
-            "rows",
-            "strength",
-            "activation",
-            "naturalness",
-            f"s a picture, {line['num']} at once",
-            "one alone",
-            "cannot",
-        ]
-        yield measured(line, "benchmarks/peers.py") + f" Target {line['target']:.2f}; runner {line['runner']}."
-        yield table(columns, rows)
-    if not lines("peers"):
+    found = lines("peers")
+    if not found:
         yield "not measured"
-    yield "x: times this engine's own time, guided in every row."
+        return
+    line = found[-1]
+    base = line["ways"][line["base"]]
+    rows: list[list[str]] = []
+    for name, way in line["ways"].items():
+        cells = [name, str(way["rows"]), f"{way['strength']:.3g}"]
+        cells.append(f"{way['mean']:.2f} ± {way['se']:.2f}{'' if way['matched'] else ' (not matched)'}")
+        cells.append(f"{way['naturalness']:.2f} ± {way['naturalness_se'] or 0:.2f}")
+        for num in (line["num"], 1):
+            told = way[f"seconds_{num}"]["p50"]
+            cells.append(f"{told:.2f} ({told / base[f'seconds_{num}']['p50']:.2f}x)")
+        rows.append([*cells, way["cannot"] or "-"])
+    columns = [
+        "way",
+        "rows",
+        "strength",
+        "activation",
+        "naturalness",
+        f"s a picture, {line['num']} at once",
+        "one alone",
+    ]
+    yield measured(line, "benchmarks/peers.py") + f" Target {line['target']:.2f}; runner {line['runner']}."
+    yield table([*columns, "cannot"], rows)
+    yield f"x: times the time of {line['base']}."
 
 
 def memory() -> Iterator[str]:
