@@ -1,11 +1,10 @@
-"""From the published procedure to the preset `calibrated` and a quarter of its rows, one change at a time, all at one mean
-activation of one feature.
+"""From the published procedure to the preset `fast`, one change a row, all at one mean activation of one feature.
 
     published          1,000 ancestral rows, one constant scale, the batch's mean under the cap, D clipped   (preset paper_exact)
     100 rows           the same scale times ten
     per sample         no clipping, no mean over the batch: every picture is pushed by its own activation
     tilt               the push of a constant lambda in place of a constant scale                            (preset calibrated)
-    25 rows            a quarter of the rows           (where benchmarks/budget.py goes on from, to the preset fast)
+    25 rows            a quarter of the rows                                                                  (preset fast)
 
 Each row's strength is found by dual ascent on its own draws, the first one's from the second's and then by secant steps. The
 gate: a row is timed only where the mean activation of its pictures is the target's within 5 % or two standard errors. Buckets of
@@ -46,7 +45,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "100 rows": PUBLISHED | {"steps": 100},
     "per sample": PUBLISHED | PER_SAMPLE | {"steps": 100},
     "tilt": {"preset": "calibrated"},
-    "25 rows": {"preset": "calibrated", "steps": 25},
+    "25 rows": {"preset": "fast"},
 }
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 

@@ -4,10 +4,10 @@ Every candidate is a number of rows and an interval of noise levels that guides 
 every 60th of the selectivity ranking, fixed before looking) its strength is the one at which the same seeds reach the target that
 `tiltscope explain` would choose (matching.py). What a guided and an unguided row cost is timed in turn.
 
-    choice    the cheapest candidate that reaches every feature and whose naturalness, feature by feature, is on average no more
-              than one standard error below that of the first candidate, the preset `calibrated` cut to 25 rows
+    choice    the cheapest candidate that reaches every feature, whose naturalness, feature by feature, is on average no more
+              than one standard error below that of the first candidate, the preset `fast`, and that has CRISP of its detail
 
-Appends a line to results/budget.jsonl; tools/benchmark_tables.py writes docs/benchmarks.md; the preset `fast` is the choice.
+Appends a line to results/budget.jsonl, of which tools/benchmark_tables.py makes a table. The preset `fast` is to be the choice.
 
     python benchmarks/budget.py [--num 16]
 """
@@ -37,11 +37,12 @@ from tiltscope.engine.samples import join
 
 sys.path.append(str(Path(__file__).parent))
 
-from matching import activation_of, match, naturalness
+from matching import activation_of, detail, match, naturalness
 
 RESULTS = Path(__file__).parent / "results" / "budget.jsonl"
 EVERY_ROW = (0.0, 1.0)
 TIMED_ROWS = 10
+CRISP = 0.9
 # Rows, and the noise levels between which they are guided; the first is what the others are held to.
 CANDIDATES: tuple[tuple[int, tuple[float, float]], ...] = (
     (25, EVERY_ROW),
@@ -142,6 +143,7 @@ def measure(bundle: Bundle, address: str, config: Config, former: list[float]) -
                 "matched": drawn.matched,
                 "naturalness": mean,
                 "naturalness_se": se,
+                "detail": detail(bundle, drawn.x0),
             }
         )
         print(f"    {guided} guided: naturalness {mean:.2f} +- {se:.2f}", flush=True)
@@ -163,6 +165,7 @@ def summary(of_feature: dict[str, list[dict[str, Any]]], costs: dict[str, float]
                 "seconds": sum(each[0][kind] * cost for kind, cost in costs.items()),
                 "reached": sum(one["matched"] for one in each),
                 "naturalness": float(np.mean([one["naturalness"] for one in each])),
+                "detail": float(np.mean([one["detail"] for one in each])),
                 "behind": float(differences.mean()),
                 "behind_se": float(differences.std(ddof=1) / math.sqrt(len(differences))),
             }
@@ -171,7 +174,13 @@ def summary(of_feature: dict[str, list[dict[str, Any]]], costs: dict[str, float]
 
 
 def chosen(lines: list[dict[str, Any]], features: int) -> dict[str, Any]:
-    able = [line for line in lines if line["reached"] == features and line["behind"] >= -line["behind_se"]]
+    able = [
+        line
+        for line in lines
+        if line["reached"] == features
+        and line["behind"] >= -line["behind_se"]
+        and line["detail"] >= CRISP * lines[0]["detail"]
+    ]
     return min(able, key=lambda line: line["seconds"])
 
 

@@ -1,6 +1,6 @@
 """Whole pictures of one feature at one mean activation: this engine beside what else draws such pictures, in one process.
 
-    tiltscope   the preset fast, and the preset calibrated in 25 rows
+    tiltscope   the preset fast, and fewer rows of it
     plain       diffusers + transformers + autograd, the same solver and noise, guided in every row
     deepinv     its DPS at several step counts: |a(D) - y|, y the target, the libraries' own networks behind its interfaces
     published   the 1,000-row update (preset paper_exact, drawn by this engine: faster than as it was published)
@@ -51,11 +51,10 @@ from tiltscope.kernels.philox import normal
 
 sys.path.append(str(Path(__file__).parent))
 
-from matching import Drawn, activation_of, match, naturalness
+from matching import Drawn, activation_of, detail, match, naturalness
 
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED_ROWS = 1000
-FAST = "tiltscope, preset fast"
 # Natural pictures whose mean spectrum activation maximisation keeps.
 MAGNITUDE_NUM = 256
 Draw = Callable[[float, int], Tensor]
@@ -66,7 +65,8 @@ class Config:
     feature: str = "blocks.5:sae:1169"
     num: int = 8
     """pictures, drawn in one batch"""
-    plain_steps: tuple[int, ...] = (10, 25)
+    steps: tuple[int, ...] = (25, 10)
+    """rows of this engine and of plain; the first is what others are times of"""
     runner: str = "auto"
     deepinv_steps: tuple[int, ...] = (10, 25)
     published_rows: int = 8
@@ -235,9 +235,8 @@ def main(config: Config) -> None:
     step = PlainStep(bundle, feature)
     magnitude = natural_magnitude(bundle.pool.x0(range(MAGNITUDE_NUM)))
     ways = [
-        own(fast, FAST, 1.1),
-        own(asked("calibrated", config.runner, steps=25), "tiltscope, 25 rows", 1.1),
-        *(plain_way(step, asked("calibrated", steps=steps), 1.1) for steps in config.plain_steps),
+        *(own(asked("fast", config.runner, steps=steps), f"tiltscope, {steps} rows", 1.1) for steps in config.steps),
+        *(plain_way(step, asked("fast", steps=steps), 1.1) for steps in config.steps),
         *(deepinv_way(step, target, steps, prior.shape) for steps in config.deepinv_steps),
         published_way(published, config.published_rows, strength),
         actmax_way(feature, target, magnitude, prior.shape),
@@ -265,7 +264,7 @@ def main(config: Config) -> None:
         deepinv=version("deepinv"),
         runner=fast.config.runner,
         runner_choice=None if fast.choice is None else fast.choice.to_json(),
-        base=FAST,
+        base=ways[0].name,
         ways=found,
     )
     for name, each in found.items():
@@ -299,6 +298,7 @@ def described(bundle: tiltscope.Bundle, way: Way, drawn: Drawn | None, of_ablati
         "tries": drawn.tries,
         "naturalness": mean,
         "naturalness_se": se if math.isfinite(se) else None,
+        "detail": detail(bundle, drawn.x0),
     }
 
 
