@@ -47,6 +47,7 @@ def test_a_bundle_with_another_prior_keeps_what_it_knows_of_pictures(tiny_bundle
         bundle.with_prior(tiltscope.Prior(half, shape=(3, 32, 32)))
 
 
+@pytest.mark.slow
 def test_explain_calibrates_functions_and_remembers_each_by_its_answers(tiny_bundle, tmp_path, monkeypatch):
     """On the bundle's pictures and on the sampler. A name says nothing of a function: another one under it has another lambda."""
     monkeypatch.setenv("TILTSCOPE_HOME", str(tmp_path))
