@@ -165,7 +165,8 @@ def ask(config: Ask) -> None:
     trunks = {f"{name}, {hooks[name]}": bundle.trunk(hooks[name]) for name, bundle in bundles.items()}
     place = config.out / "untrained"
     trunks["the ConvNeXt as it began"] = untrained(hooks["ConvNeXt"], place)
-    lines = [
+    lines = [f"![The ViT's four answers above the ConvNeXt's]({config.figure.relative_to(PAGE.parent).as_posix()})", ""]
+    lines += [
         "| | feature | name | fires on | selectivity | lambda | mean reached / asked |",
         "|---|---|---|---|---|---|---|",
     ]
