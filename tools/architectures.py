@@ -126,12 +126,11 @@ def readings(results: dict[str, Explanation], bundles: dict[str, Bundle], chosen
             told = " | ".join("-" if value is None else f"{value:.2f}" for value in numbers)
             rows.append(f"| {asked} | {title} | {z['ViT']:.1f} | {z['ConvNeXt']:.1f} | {told} |")
     one, other = natural.values()
-    ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
     shared = len({*np.argsort(-one)[:TOP].tolist()} & {*np.argsort(-other)[:TOP].tolist()})
     rows += [
         "",
-        f"Over the {len(one)} pictures of the pool the two features correlate by {np.corrcoef(one, other)[0, 1]:.2f} (ranks: "
-        f"{np.corrcoef(*ranks)[0, 1]:.2f}); of the {TOP} pictures that fire each most, {shared} are the same.",
+        f"Over the {len(one)} pictures of the pool the two features correlate by {np.corrcoef(one, other)[0, 1]:.2f}; of the "
+        f"{TOP} pictures that fire each most, {shared} are the same.",
     ]
     return rows
 
