@@ -17,6 +17,7 @@ from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import CalibrationError
 from tiltscope.engine.report.atomic import write_bytes
 from tiltscope.engine.runtime.cache import cache_folder
+from tiltscope.engine.runtime.function_parts import answers_of_feature, answers_of_prior
 from tiltscope.engine.sample import Run
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.tilt.ascent import Ascent, Draw, ascend
@@ -41,10 +42,8 @@ def calibrate_on_sampler(run: Run, target: float) -> Run:
     if run.natural is None:
         raise CalibrationError("calibration: natural activations say where to start, and this run has none")
     key = calibration_key(run, target)
-    # A function of one's own is known by its name alone: another one under that name has another lambda.
-    nameless = run.prior.network is None or run.feature.trunk is None
-    kept = None if nameless else cache_folder("calibrations") / f"{key}.json"
-    ascent = None if kept is None else _remembered(run, key, kept)
+    kept = cache_folder("calibrations") / f"{key}.json"
+    ascent = _remembered(run, key, kept)
     if ascent is None:
         num = run.config.calibration_num
         natural_mean = float(run.programme.log_tilts[0].phi(run.natural).mean())
@@ -55,8 +54,7 @@ def calibrate_on_sampler(run: Run, target: float) -> Run:
                 "ask for a target that it reaches, or give calibration=pool to draw at the lambda of natural pictures"
             )
             raise CalibrationError(f"{error}; {hint}") from error
-        if kept is not None:
-            write_bytes(kept, json.dumps(ascent.to_json()).encode())
+        write_bytes(kept, json.dumps(ascent.to_json()).encode())
     return replace(run, lam=ascent.lam, ascent=ascent)
 
 
@@ -86,6 +84,12 @@ def calibration_key(run: Run, target: float) -> str:
     asked = run.config.decisive()
     settings = {name: value for name, value in asked.items() if name not in _FREE and value != usual[name]}
     parts = [version("tiltscope"), run.prior.identity, run.feature.identity, float(f"{target:.9g}"), settings]
+    # A function of one's own has a name and no hash: it is known by its answers, or another one of that name had its lambda.
+    device = run.programme.device
+    if run.prior.network is None:
+        parts.append(answers_of_prior(run.prior, device))
+    if run.feature.trunk is None:
+        parts.append(answers_of_feature(run.feature, run.prior.shape, device))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -47,7 +47,8 @@ def test_a_bundle_with_another_prior_keeps_what_it_knows_of_pictures(tiny_bundle
         bundle.with_prior(tiltscope.Prior(half, shape=(3, 32, 32)))
 
 
-def test_explain_calibrates_functions_and_remembers_nothing_of_them(tiny_bundle, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_explain_calibrates_functions_and_remembers_each_by_its_answers(tiny_bundle, tmp_path, monkeypatch):
     """On the bundle's pictures and on the sampler. A name says nothing of a function: another one under it has another lambda."""
     monkeypatch.setenv("TILTSCOPE_HOME", str(tmp_path))
     bundle = tiltscope.load(tiny_bundle)
@@ -66,6 +67,10 @@ def test_explain_calibrates_functions_and_remembers_nothing_of_them(tiny_bundle,
     torch.testing.assert_close(one.answers["tilt"].activation, x0.mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-5)
 
     reached = float(tiltscope.sample(bundle.prior, brightness(-1.0), lam=3.0, seed=4, **drawn).activation.mean())
-    found = explained(-1.0, target_activation=reached, beyond_pool=True, calibration_num=64)
-    assert found.manifest["ascent"] is not None
-    assert list(tmp_path.glob("calibrations/*")) == []
+    asked = {"target_activation": reached, "beyond_pool": True, "calibration_num": 64}
+    first, again = explained(-1.0, **asked), explained(-1.0, **asked)
+    assert (first.manifest["ascent"]["origin"], again.manifest["ascent"]["origin"]) == ("drawn", "cache")
+    assert first.lam == again.lam
+    # Another function of that name is asked anew.
+    other = tiltscope.Feature(lambda x0: -x0.mean(dim=(1, 2, 3)) + 1e-3, name="brightness")
+    assert tiltscope.explain(bundle, other, **drawn, **asked).manifest["ascent"]["origin"] == "drawn"

@@ -126,12 +126,11 @@ def readings(results: dict[str, Explanation], bundles: dict[str, Bundle], chosen
             told = " | ".join("-" if value is None else f"{value:.2f}" for value in numbers)
             rows.append(f"| {asked} | {title} | {z['ViT']:.1f} | {z['ConvNeXt']:.1f} | {told} |")
     one, other = natural.values()
-    ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
     shared = len({*np.argsort(-one)[:TOP].tolist()} & {*np.argsort(-other)[:TOP].tolist()})
     rows += [
         "",
-        f"Over the {len(one)} pictures of the pool the two features correlate by {np.corrcoef(one, other)[0, 1]:.2f} (ranks: "
-        f"{np.corrcoef(*ranks)[0, 1]:.2f}); of the {TOP} pictures that fire each most, {shared} are the same.",
+        f"Over the {len(one)} pictures of the pool the two features correlate by {np.corrcoef(one, other)[0, 1]:.2f}; of the "
+        f"{TOP} pictures that fire each most, {shared} are the same.",
     ]
     return rows
 
@@ -165,7 +164,8 @@ def ask(config: Ask) -> None:
     trunks = {f"{name}, {hooks[name]}": bundle.trunk(hooks[name]) for name, bundle in bundles.items()}
     place = config.out / "untrained"
     trunks["the ConvNeXt as it began"] = untrained(hooks["ConvNeXt"], place)
-    lines = [
+    lines = [f"![The ViT's four answers above the ConvNeXt's]({config.figure.relative_to(PAGE.parent).as_posix()})", ""]
+    lines += [
         "| | feature | name | fires on | selectivity | lambda | mean reached / asked |",
         "|---|---|---|---|---|---|---|",
     ]

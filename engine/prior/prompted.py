@@ -63,7 +63,8 @@ def prompted_unet() -> Any:
         def forward(self, x: Tensor, t: Tensor, return_dict: bool = False) -> tuple[Tensor]:  # pyright: ignore
             del return_dict
             tokens = self.prompt.expand(x.shape[0], -1, -1)
-            return super().forward(x, t, encoder_hidden_states=tokens, return_dict=False)
+            told: Any = super().forward(x, t, encoder_hidden_states=tokens, return_dict=False)
+            return told
 
     return PromptedUNet
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tiltscope.engine.errors import RunnerError
 from tiltscope.engine.feature.feature import Feature
-from tiltscope.engine.feature.hooked import Trunk
+from tiltscope.engine.feature.hooked import CPU, Trunk
 from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.prior.network import NetworkDenoiser, Terms
 from tiltscope.engine.prior.prior import Prior
@@ -67,7 +67,7 @@ class FunctionDenoiser(NetworkDenoiser):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")
+        return CPU
 
     def coefficients(self, sigma: Float64[Tensor, "batch"]) -> Terms:
         """D is the function's own answer."""
@@ -100,7 +100,7 @@ class FunctionTrunk(Trunk):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")
+        return CPU
 
     def forward(
         self, x0: Float[Tensor, "batch ..."], *, kernels: Implementation = "reference"
@@ -146,18 +146,18 @@ def is_function(prior: Prior, feature: Feature) -> bool:
     return prior.network is None or feature.trunk is None or feature.readout is None
 
 
-def answers_of_prior(prior: Prior) -> str:
+def answers_of_prior(prior: Prior, device: torch.device = CPU) -> str:
     """sha256 of what a denoiser answers at some levels: another function under the same name is another one."""
-    sigma = torch.tensor(_LEVELS, dtype=torch.float64)
+    sigma = torch.tensor(_LEVELS, dtype=torch.float64, device=device)
     with torch.no_grad():
-        return _digest(prior.denoise(trial_values((len(_LEVELS), *prior.shape), torch.float32), sigma))
+        return _digest(prior.denoise(trial_values((len(_LEVELS), *prior.shape), torch.float32).to(device), sigma))
 
 
-def answers_of_feature(feature: Feature, shape: tuple[int, ...]) -> str:
+def answers_of_feature(feature: Feature, shape: tuple[int, ...], device: torch.device = CPU) -> str:
     """Likewise, of an activation on some pictures of `shape`."""
     with torch.no_grad():
-        return _digest(feature.activation(trial_values((4, *shape), torch.float32)))
+        return _digest(feature.activation(trial_values((4, *shape), torch.float32).to(device)))
 
 
 def _digest(answer: Tensor) -> str:
-    return hashlib.sha256(answer.double().contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(answer.double().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -67,9 +67,10 @@ def assert_is_the_function(step, prior, feature, num):
         assert float((got.double() - wanted).abs().max()) <= WITHIN * float(wanted.abs().max())
 
 
-@pytest.mark.parametrize("num", [1, 3])
-@pytest.mark.parametrize("which", ["prior", "feature", "both"])
-def test_the_traced_step_is_the_functions_own(which, num, tiny_bundle):
+@pytest.mark.parametrize(
+    "which", ["both", *(pytest.param(part, marks=pytest.mark.slow) for part in ("prior", "feature"))]
+)
+def test_the_traced_step_is_the_functions_own(which, tiny_bundle):
     """Beside a bundle's networks too; at other batches and levels than were traced."""
     bundle = tiltscope.load(tiny_bundle)
     prior, feature = own_prior(), own_feature()
@@ -79,13 +80,15 @@ def test_the_traced_step_is_the_functions_own(which, num, tiny_bundle):
         feature = bundle.feature("blocks.1:sae:3") if which == "prior" else feature
     graph, _ = guided(prior, feature)
     step = ExportedStep("traced", network_parts(prior, feature, "onnx")[0], lambda name, given: list(graph(*given)))
-    sigma = torch.linspace(0.1, 0.9, num, dtype=torch.float64)
-    x, alpha = drawn(num, *prior.shape, seed=num), torch.sqrt(1 - sigma**2)
-    readout = None if feature.readout is None else feature.readout.expand(num)
-    wide = None if readout is None else readout.to(torch.float64)
-    exact = TorchStep(prior.to(torch.float64), feature.to(torch.float64)).guided(x.double(), sigma, alpha, wide)
-    for got, wanted in zip(step.guided(x, sigma, alpha, readout), exact, strict=True):
-        assert float((got.double() - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+    eager = TorchStep(prior.to(torch.float64), feature.to(torch.float64))
+    for num in (1, 3):
+        sigma = torch.linspace(0.1, 0.9, num, dtype=torch.float64)
+        x, alpha = drawn(num, *prior.shape, seed=num), torch.sqrt(1 - sigma**2)
+        readout = None if feature.readout is None else feature.readout.expand(num)
+        wide = None if readout is None else readout.to(torch.float64)
+        exact = eager.guided(x.double(), sigma, alpha, wide)
+        for got, wanted in zip(step.guided(x, sigma, alpha, readout), exact, strict=True):
+            assert float((got.double() - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ TILT = calibrate(NATURAL, float(np.quantile(NATURAL, 0.8)))
 def bundle(*, evaluator: bool = True) -> Any:
     """Of a Bundle, what metrics ask for; the evaluator reads a picture's first numbers as its embedding."""
     return SimpleNamespace(
+        decoder=None,
         meta={"evaluator": {}} if evaluator else {},
         sae_hooks=(),
         pool=SimpleNamespace(embeddings=lambda: EMBEDDINGS.astype(np.float16), heldout=HELDOUT),
