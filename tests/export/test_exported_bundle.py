@@ -286,16 +286,16 @@ def test_export_on_the_command_line(tiny_bundle, home, capsys):
     # Another version's artefact is listed, and pruned.
     (folder,) = (path.parent for path in cache_folder().glob("*/guided.onnx"))
     kept = {each.name for each in cache_folder().glob("[!.]*")}
-    assert len(kept) == 2  # and what ONNX Runtime made of the guided graph
+    assert len(kept) == 1 + len(INPUTS)  # and what ONNX Runtime made of every graph: all were held
     other = shutil.copytree(folder, folder.parent / ("f" * 64))
     description = json.loads((other / "artefact.json").read_text())
     description["key"]["versions"]["tiltscope"] = "0.0"
     (other / "artefact.json").write_text(json.dumps(description))
     assert run(["export", "--list", "--json", "--quiet"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["artefacts"]) == 3
+    assert len(json.loads(capsys.readouterr().out)["artefacts"]) == len(kept) + 1
     assert run(["export", "--prune", "--quiet"]) == 0
     told = capsys.readouterr().out
-    assert "2 artefacts, " in told
+    assert f"{len(kept)} artefacts, " in told
     assert "1 removed" in told
     assert "onnxruntime guided" in told
     assert {each.name for each in cache_folder().glob("[!.]*")} == kept
