@@ -5,18 +5,20 @@
     python benchmarks/runners.py --runners torch,onnx         # some of them
 
 Correctness first: a runner that misses its limits (engine/runtime/gate.py) is not timed. Runners take turns, so that a drifting
-machine moves all of them. Appends a line a run to results/runners.jsonl, load average included: with other work beside it the
-numbers say little of the machine. Exits 1 where a start from the cache takes 2 s or more after imports, or a runner is refused.
+machine moves all of them; the processor's own time is told beside the clock's, which with other work beside it says little.
+Appends a line a run to results/runners.jsonl, load average included. Exits 1 where a start from the cache takes 2 s or more after
+imports, or a runner is refused.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,7 +110,20 @@ def time_steps(
         ways = {name: lambda step=step, given=given: step.guided(*given) for name, step in steps.items()}
         for name, timing in interleave(ways, seconds=seconds).items():
             found[name][f"batch_{batch}"] = asdict(timing)
+        for name, milliseconds in processor_ms(ways).items():
+            found[name][f"batch_{batch}_cpu_ms"] = milliseconds
     return found, refused
+
+
+def processor_ms(ways: Mapping[str, Callable[[], object]], turns: int = 7) -> dict[str, float]:
+    """The median of the processor's milliseconds, in turns: on one thread what a step costs whoever else works beside it."""
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(turns):
+        for name, way in ways.items():
+            at = time.process_time()
+            way()
+            spent[name].append(1e3 * (time.process_time() - at))
+    return {name: statistics.median(each) for name, each in spent.items()}
 
 
 def main() -> int:
@@ -145,7 +160,8 @@ def main() -> int:
     for runner, each in found.items():
         for batch in BATCHES:
             times = "".join(f"{each[f'batch_{batch}'][name]:10.1f}" for name in ("p20", "p50", "p80"))
-            print(f"{runner:<10}batch {batch}{times}   ms a guided step (p20, p50, p80)")
+            processor = f"{each[f'batch_{batch}_cpu_ms']:10.1f}"
+            print(f"{runner:<10}batch {batch}{times}   ms a guided step (p20, p50, p80);{processor} of the processor")
     print(f"load average {' | '.join(f'{load:.1f}' for load in loads)} (before, after starting, after timing)")
     append_result(
         asked.results,
@@ -168,7 +184,10 @@ def main() -> int:
 
 def print_start(runner: str, each: dict[str, Any]) -> None:
     cold = f"{each['cold']['start_s']:.1f} s" if each["cold"] else "not measured"
-    print(f"{runner:<10}cold {cold}, hit {each['hit']['start_s']:.2f} s", flush=True)
+    hit = each["hit"]
+    print(
+        f"{runner:<10}cold {cold}, hit {hit['start_s']:.2f} s, of the processor {hit['start_cpu_s']:.2f} s", flush=True
+    )
 
 
 if __name__ == "__main__":

@@ -151,6 +151,20 @@ def test_the_pictures_are_torchs_and_the_manifest_says_which_runner_ran(bundle, 
     assert len(kept) == 1
 
 
+@pytest.mark.parametrize("runner", ["onnx", "openvino"])
+def test_an_explanation_has_torchs_pictures_and_says_which_runner_drew_them(bundle, runner, home):
+    """The tilt is the runner's, calibrated with the runner; within 1e-3 (RMS), of pictures whose range is 2."""
+    asked = {"num": 2, "steps": 5, "seed": 0, "calibration": "pool"}
+    plain = tiltscope.explain(bundle, FEATURES[0], **asked)
+    found = tiltscope.explain(bundle, FEATURES[0], runner=runner, **asked)
+    assert (plain.manifest["runner"], found.manifest["runner"]) == ("torch", runner)
+    assert found.manifest["parity"]["failure"] is None
+    assert {"grad_a", "measure.drive"} <= set(found.manifest["parity"]["errors"])
+    for name in ("tilt", "hard", "topk"):
+        one, other = found.answers[name].x0, plain.answers[name].x0
+        assert float((one - other).pow(2).mean().sqrt()) < 1e-3
+
+
 def test_a_truncated_file_and_a_stale_one_are_refused(bundle, home):
     asked = {"num": 1, "lam": 1.0, "steps": 2, "runner": "onnx"}
     tiltscope.sample(bundle.prior, bundle.feature(FEATURES[0]), **asked)
@@ -272,16 +286,16 @@ def test_export_on_the_command_line(tiny_bundle, home, capsys):
     # Another version's artefact is listed, and pruned.
     (folder,) = (path.parent for path in cache_folder().glob("*/guided.onnx"))
     kept = {each.name for each in cache_folder().glob("[!.]*")}
-    assert len(kept) == 2  # and what ONNX Runtime made of the guided graph
+    assert len(kept) == 1 + len(INPUTS)  # and what ONNX Runtime made of every graph: all were held
     other = shutil.copytree(folder, folder.parent / ("f" * 64))
     description = json.loads((other / "artefact.json").read_text())
     description["key"]["versions"]["tiltscope"] = "0.0"
     (other / "artefact.json").write_text(json.dumps(description))
     assert run(["export", "--list", "--json", "--quiet"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["artefacts"]) == 3
+    assert len(json.loads(capsys.readouterr().out)["artefacts"]) == len(kept) + 1
     assert run(["export", "--prune", "--quiet"]) == 0
     told = capsys.readouterr().out
-    assert "2 artefacts, " in told
+    assert f"{len(kept)} artefacts, " in told
     assert "1 removed" in told
     assert "onnxruntime guided" in told
     assert {each.name for each in cache_folder().glob("[!.]*")} == kept
