@@ -31,6 +31,22 @@ def test_the_number_beside_a_preset_is_the_last_measurement(name, measured):
     assert faster == pytest.approx(preset.reached.times_faster, abs=0.05)
 
 
+def test_fast_is_what_the_budget_chose():
+    """Fewer rows, or fewer guided ones, would be cheaper: docs/benchmarks.md has what they lose."""
+    budget = json.loads((RESULTS.parent / "budget.jsonl").read_text().splitlines()[-1])
+    settings, choice = SampleConfig(preset="fast", lam=1.0).resolved(), budget["choice"]
+    assert budget["prior"] == tiltscope.load("emoji64").prior.identity
+    assert (choice["steps"], tuple(choice["interval"])) == (settings.steps, settings.guidance_interval or (0.0, 1.0))
+    able = [
+        each
+        for each in budget["candidates"]
+        if each["reached"] == len(budget["features"])
+        and each["behind"] >= -each["behind_se"]
+        and each["detail"] >= 0.9 * budget["candidates"][0]["detail"]
+    ]
+    assert choice == min(able, key=lambda each: each["seconds"])
+
+
 def test_it_was_measured_on_the_bundled_prior(measured):
     assert measured["prior"] == tiltscope.load("emoji64").prior.identity
 
