@@ -17,7 +17,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
-SHARDS := 6
+SHARDS := 11
 # What `make demo` explains: FEATURE=blocks.5:sae:12 make demo
 FEATURE ?= blocks.5:sae:1169
 
