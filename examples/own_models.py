@@ -83,7 +83,7 @@ def main() -> None:
         steps=(asked.steps,),
         target_activation=float(pushed.activation.mean()),
         beyond_pool=True,
-        calibration_num=16,
+        calibration_num=64,
         likelihood=False,
     )
     comparison = compare(mine, feature, config)

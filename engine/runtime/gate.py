@@ -64,7 +64,8 @@ class SelfTest:
         tensors |= {f"expected.{k}": v for k, v in self.expected._asdict().items()}
         if self.readout is not None:
             tensors |= {f"readout.{each.name}": getattr(self.readout, each.name) for each in fields(self.readout)}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        # Cloned: of a function the drive is the activation itself, and the format holds no memory twice.
+        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
 
     @classmethod
     def load(cls, path: Path) -> "SelfTest":
