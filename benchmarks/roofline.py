@@ -27,14 +27,13 @@ from tiltscope.engine.bench.machine import append_result
 from tiltscope.engine.bench.traffic import Traffic
 from tiltscope.engine.feature.convnext import TruncatedConvNeXt
 from tiltscope.engine.feature.trunk import TruncatedViT
-from tiltscope.engine.feature.vit import ViTConfig
 from tiltscope.engine.prior.decoder import KINDS, Decoder
 from tiltscope.engine.prior.dit import DiT
 from tiltscope.engine.runtime.step import TorchStep
 
 sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
-from published_sizes import ADM_256, CONVNEXT_L, KL_DECODER, VIT
+from published_sizes import ADM_256, CONVNEXT_L, KL_DECODER, vit_config
 
 RESULTS = Path(__file__).parent / "results" / "roofline.jsonl"
 META = torch.device("meta")
@@ -45,15 +44,7 @@ LAUNCH_US = 5.0
 # Of the fused update (kernels/guided_step.py): x, H, x', H' in float32, D and grad_a in bfloat16.
 UPDATE_BYTES = 20
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WIDTH, BLOCKS, HEADS = VIT["L"]
-VIT_L = ViTConfig(
-    image_size=256,
-    hidden_size=WIDTH,
-    intermediate_size=4 * WIDTH,
-    num_hidden_layers=BLOCKS,
-    num_attention_heads=HEADS,
-    num_register_tokens=4,
-)
+VIT_L = vit_config("L")
 Guided = Callable[[int], None]
 
 
@@ -123,7 +114,7 @@ def dit_vit() -> System:
         )
         decoder = frozen(decoder)
         trunk = frozen(TruncatedViT(VIT_L, "norm", mean=MEAN, std=STD))
-        row = torch.empty(WIDTH, dtype=torch.bfloat16)
+        row = torch.empty(VIT_L.hidden_size, dtype=torch.bfloat16)
 
     def features(x: Tensor) -> Tensor:
         time = torch.zeros(len(x), device=META, dtype=torch.float64)

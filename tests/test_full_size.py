@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from published_sizes import ADM_256, CONVNEXT_L, KL_DECODER, SD_15, VIT
+from published_sizes import ADM_256, CONVNEXT_L, KL_DECODER, SD_15, vit_config
 from tiny_models import MEAN, STD
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +20,6 @@ from tiltscope.engine.feature.convnext import TruncatedConvNeXt
 from tiltscope.engine.feature.readout import pre_activations
 from tiltscope.engine.feature.sae import SparseAutoencoder
 from tiltscope.engine.feature.trunk import TruncatedViT
-from tiltscope.engine.feature.vit import ViTConfig
 from tiltscope.engine.prior.decoder import KINDS, Decoder
 from tiltscope.engine.prior.dit import DiT
 from tiltscope.engine.runtime.memory import available_mib
@@ -49,16 +48,7 @@ def pixels(*shape):
 
 
 def vit(size):
-    width, layers, heads = VIT[size]
-    config = ViTConfig(
-        image_size=256,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_register_tokens=4,
-    )
-    return on_meta(lambda: TruncatedViT(config, "norm", mean=MEAN, std=STD))
+    return on_meta(lambda: TruncatedViT(vit_config(size), "norm", mean=MEAN, std=STD))
 
 
 @pytest.mark.parametrize(("size", "macs"), [("S", 6.25), ("B", 23.6), ("L", 82.4)])
@@ -136,7 +126,6 @@ from tiltscope.engine.feature.decoded import DecodedTrunk
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.feature.sae import SparseAutoencoder
 from tiltscope.engine.feature.trunk import TruncatedViT
-from tiltscope.engine.feature.vit import ViTConfig
 from tiltscope.engine.prior.decoder import KINDS, Decoder
 from tiltscope.engine.prior.dit import DiT
 from tiltscope.engine.prior.network import NetworkDenoiser

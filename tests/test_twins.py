@@ -79,7 +79,7 @@ def test_compare_measures_a_sampler_and_the_rivals(twin, tmp_path, monkeypatch):
     """At a mean that the sampler itself reaches; the pool of a random trunk has none in common with it."""
     monkeypatch.setenv("TILTSCOPE_HOME", str(tmp_path / "home"))
     feature = sae(twin, 1)
-    reached = tiltscope.sample(twin.prior, feature, lam=1.0, num=8, steps=2, seed=5).activation.mean()
+    reached = tiltscope.sample(twin.prior, feature, lam=1.0, num=64, steps=2, seed=0).activation.mean()
     config = CompareConfig(
         num=2,
         lifts=("dps",),
@@ -88,8 +88,8 @@ def test_compare_measures_a_sampler_and_the_rivals(twin, tmp_path, monkeypatch):
         lam_factors=(0.5,),
         target_activation=float(reached),
         beyond_pool=True,
-        # A random prior answers a lambda by little: its ascent needs many rounds.
-        calibration_num=256,
+        # A random prior answers a lambda by little: the target is the mean of the very draws that the ascent looks at.
+        calibration_num=64,
     )
     found = compare(twin, str(feature.address), config)
     methods = {each.name: each for each in found.methods}

@@ -3,10 +3,9 @@
 from typing import Any
 
 from tiltscope.engine.feature.convnext import ConvNeXtConfig
+from tiltscope.engine.feature.vit import ViTConfig
 
 CONVNEXT_L = ConvNeXtConfig(depths=(3, 3, 27, 3), hidden_sizes=(192, 384, 768, 1536), image_size=256)
-# Width, blocks, heads.
-VIT = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
 # Dhariwal & Nichol 2021 (arXiv:2105.05233), the unconditional 256x256 network, as diffusers' UNet2DModel.
 ADM_256: dict[str, Any] = {
     "sample_size": 256,
@@ -41,3 +40,19 @@ KL_DECODER: dict[str, Any] = {
     "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2,
 }
+
+# Width, blocks, heads.
+_VIT = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
+
+
+def vit_config(size: str) -> ViTConfig:
+    """DINOv3's ViT-S, -B or -L, which read pictures of 256 pixels."""
+    width, layers, heads = _VIT[size]
+    return ViTConfig(
+        image_size=256,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_register_tokens=4,
+    )
