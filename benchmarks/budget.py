@@ -35,8 +35,9 @@ from tiltscope.engine.sample import Run, prepare
 from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.engine.samples import join
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tools")]
 
+from claim import by_selectivity
 from matching import activation_of, detail, match, naturalness
 
 RESULTS = Path(__file__).parent / "results" / "budget.jsonl"
@@ -112,9 +113,7 @@ def seconds_a_row(bundle: Bundle, config: Config) -> dict[str, float]:
 
 def ranked(bundle: Bundle, config: Config) -> list[str]:
     """The demo's feature, then ranks 1, 1 + every, ... of the live latents, by falling selectivity."""
-    live = [f for f in bundle.features() if f.alive and ":sae:" in f.feature]
-    live.sort(key=lambda f: (-f.selectivity, f.feature))
-    return [config.demo, *(f.feature for f in live[:: config.every][: config.features])]
+    return [config.demo, *by_selectivity(bundle)[:: config.every][: config.features]]
 
 
 def measure(bundle: Bundle, address: str, config: Config, former: list[float]) -> list[dict[str, Any]]:

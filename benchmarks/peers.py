@@ -229,13 +229,13 @@ def main(config: Config) -> None:
         )
         return prepare(prior, feature, asked_for)
 
-    fast = asked("fast", config.runner)
+    runs = [asked("fast", config.runner, steps=steps) for steps in config.steps]
     published = asked("paper_exact")
     strength, of_ablation = published_strength(config.feature)
     step = PlainStep(bundle, feature)
     magnitude = natural_magnitude(bundle.pool.x0(range(MAGNITUDE_NUM)))
     ways = [
-        *(own(asked("fast", config.runner, steps=steps), f"tiltscope, {steps} rows", 1.1) for steps in config.steps),
+        *(own(run, f"tiltscope, {run.plan.num_rows} rows", 1.1) for run in runs),
         *(plain_way(step, asked("fast", steps=steps), 1.1) for steps in config.steps),
         *(deepinv_way(step, target, steps, prior.shape) for steps in config.deepinv_steps),
         published_way(published, config.published_rows, strength),
@@ -262,8 +262,8 @@ def main(config: Config) -> None:
         target=target,
         num=config.num,
         deepinv=version("deepinv"),
-        runner=fast.config.runner,
-        runner_choice=None if fast.choice is None else fast.choice.to_json(),
+        runner=runs[0].config.runner,
+        runner_choice=None if runs[0].choice is None else runs[0].choice.to_json(),
         base=ways[0].name,
         ways=found,
     )

@@ -20,11 +20,15 @@ NUM_FEATURES, EVERY = 10, 20
 MATCHED = 0.05
 
 
-def chosen_features(bundle: Bundle) -> list[str]:
-    """Ranks 1, 21, 41, ... of the live latents, by falling selectivity."""
+def by_selectivity(bundle: Bundle) -> list[str]:
+    """The live latents, by falling selectivity."""
     live = [f for f in bundle.features() if f.alive and ":sae:" in f.feature]
-    ranked = sorted(live, key=lambda f: (-f.selectivity, f.feature))
-    return [f.feature for f in ranked[: NUM_FEATURES * EVERY : EVERY]]
+    return [f.feature for f in sorted(live, key=lambda f: (-f.selectivity, f.feature))]
+
+
+def chosen_features(bundle: Bundle) -> list[str]:
+    """Ranks 1, 21, 41, ..."""
+    return by_selectivity(bundle)[: NUM_FEATURES * EVERY : EVERY]
 
 
 def explain_at_target(bundle: Bundle, address: str, *, num: int) -> tuple[Explanation, float, float]:

@@ -51,7 +51,7 @@ def growth(options: Options) -> Iterator[Line]:
         for grown, each in ways.items():
             named = interleave({str(size): way for size, way in each.items()}, seconds=options.seconds)
             timings = {size: named[str(size)] for size in each}
+            more = {"exponent": exponent(timings)}
+            way = "torch" if grown == "features" else runner
             for size, timing in timings.items():
-                more = {"exponent": exponent(timings)}
-                way = "torch" if grown == "features" else runner
                 yield Line(case="growth", setting=f"{grown} {size}", way=way, timing=timing, more=more)

@@ -51,15 +51,8 @@ class _FunctionNetwork(nn.Module):
         return (self.denoise(x, sigma).to(x.dtype),)
 
 
-class FunctionDenoiser(NetworkDenoiser):
-    """What an exporter asks of a denoiser, for a prior that is a function: float32."""
-
-    def __init__(self, prior: Prior, denoise: Callable[[Tensor, Tensor], Tensor]) -> None:
-        # Not the parent's: a function has no levels and no prediction type.
-        self.network = _FunctionNetwork(denoise)
-        self.pixel_unshuffle = 1
-        self.learned_range = False
-        self.shape = prior.shape
+class _Plain:
+    """A function has no weights that would say in what, and where, it computes."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,13 +62,24 @@ class FunctionDenoiser(NetworkDenoiser):
     def device(self) -> torch.device:
         return CPU
 
+
+class FunctionDenoiser(_Plain, NetworkDenoiser):
+    """What an exporter asks of a denoiser, for a prior that is a function: float32."""
+
+    def __init__(self, prior: Prior, denoise: Callable[[Tensor, Tensor], Tensor]) -> None:
+        # Not the parent's: a function has no levels and no prediction type.
+        self.network = _FunctionNetwork(denoise)
+        self.pixel_unshuffle = 1
+        self.learned_range = False
+        self.shape = prior.shape
+
     def coefficients(self, sigma: Float64[Tensor, "batch"]) -> Terms:
         """D is the function's own answer."""
         zero, one = torch.zeros_like(sigma), torch.ones_like(sigma)
         return Terms(sigma, zero, one, one)
 
 
-class FunctionTrunk(Trunk):
+class FunctionTrunk(_Plain, Trunk):
     """x0 -> one token [batch, 1, 1]: the activation. A function that is a module itself is a part of this one."""
 
     def __init__(self, feature: Feature, activation: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
@@ -93,14 +97,6 @@ class FunctionTrunk(Trunk):
     @property
     def input_shape(self) -> tuple[int, ...]:
         return self.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        return CPU
 
     def forward(
         self, x0: Float[Tensor, "batch ..."], *, kernels: Implementation = "reference"
@@ -139,11 +135,6 @@ def trunk_of(prior: Prior, feature: Feature) -> tuple[Trunk, Readout]:
         return feature.trunk, feature.readout
     activation: Any = feature._activation  # pyright: ignore[reportPrivateUsage]
     return FunctionTrunk(feature, activation, prior.shape).eval(), function_readout()
-
-
-def is_function(prior: Prior, feature: Feature) -> bool:
-    """Whether either is a function of one's own."""
-    return prior.network is None or feature.trunk is None or feature.readout is None
 
 
 def answers_of_prior(prior: Prior, device: torch.device = CPU) -> str:
