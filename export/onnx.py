@@ -165,15 +165,16 @@ def write_graphs(prior: Prior, feature: Feature, runner: str, folder: Path) -> N
         "tiltscope.torch": torch.__version__,
     }
     if prior.network is not None:  # a function of one's own has no schedule to tell
-        embedding: Any = denoiser.network
+        network: Any = denoiser.network
+        waves = network.time_proj.waves()
         Schedule(
             shape=tuple(prior.shape),
             rows=rows,
             levels=tuple(denoiser.levels.tolist()),
             prediction=denoiser.prediction,
-            channels=embedding.time_proj.num_channels,
-            flip_sin_to_cos=embedding.time_proj.flip_sin_to_cos,
-            downscale_freq_shift=embedding.time_proj.downscale_freq_shift,
+            frequencies=tuple(waves.frequencies),
+            phases=tuple(waves.phases),
+            amplitude=waves.scale,
             time_scale=denoiser.facts.time_scale,
             sigma_data=denoiser.facts.sigma_data,
         ).write(folder)

@@ -125,6 +125,51 @@ def write_dit(folder: Path, scheduler: Any = None, **changes: Any) -> Any:
     return model
 
 
+NCSNPP = {
+    "_class_name": "SongUNet",
+    "sample_size": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "model_channels": 16,
+    "channel_mult": [1, 2],
+    "channel_mult_noise": 2,
+    "num_blocks": 1,
+    "attn_resolutions": [32],
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "resample_smooth": [0.25, 0.5, 0.25],
+}
+EDM2 = {
+    "_class_name": "EDM2UNet",
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "channels": [16, 24],
+    "noise_channels": 16,
+    "emb_channels": 24,
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+    "channels_per_head": 8,
+}
+
+
+def write_edm(folder: Path, config: dict[str, Any] = NCSNPP) -> None:
+    """As `tiltscope convert` writes it; tests/convert/test_edm.py holds our form of these networks to their authors'."""
+    from safetensors.torch import save_file
+
+    from tiltscope.engine.convert.convert import EDM_SCHEDULER
+    from tiltscope.engine.prior.edm import EDMUNet
+    from tiltscope.engine.prior.edm2 import EDM2UNet
+
+    network = fill(_made((EDM2UNet if config is EDM2 else EDMUNet).from_config, config))
+    for name, buffer in network.named_buffers():
+        buffer.copy_(torch.linspace(0.1, 3.0, len(buffer)) * (4 if "freqs" in name else 1))
+    folder.mkdir(parents=True)
+    save_file(network.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "scheduler_config.json").write_text(json.dumps(EDM_SCHEDULER))
+
+
 KL = {
     "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
     "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),

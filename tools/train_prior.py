@@ -33,6 +33,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 from training import (
     Clock,
+    MuonAndAdamW,
     average_gradients,
     learning_rate,
     load_checkpoint,
@@ -72,6 +73,7 @@ class Config:
     gradient_weight: float = 0.25
     flag_share: float = 0.05
     skin_share: float = 0.10
+    optimiser: Literal["adamw", "muon"] = "muon"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the network's products; auto: what the machine does faster"""
     warm_start: Path | None = None
@@ -191,9 +193,11 @@ def train(rank: int, config: Config, precision: str) -> None:
         )
     average = copy.deepcopy(unet).eval().requires_grad_(False)
     angles = level_angles(build_scheduler())
-    optimiser = torch.optim.AdamW(
-        unet.parameters(), lr=config.peak_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
+    settings = {"lr": config.peak_lr, "betas": (0.9, 0.99), "weight_decay": 0.01}
+    if config.optimiser == "muon":
+        optimiser = MuonAndAdamW(unet, **settings)
+    else:
+        optimiser = torch.optim.AdamW(unet.parameters(), fused=True, **settings)
     modules = {"unet": unet, "average": average}
     step, clock = 0, Clock(60 * config.minutes)
     if (path := config.out / "checkpoint.pt").exists():
@@ -209,7 +213,8 @@ def train(rank: int, config: Config, precision: str) -> None:
     while share < 1 and step < config.max_steps:
         seed_step(generator, seed=config.seed, step=step, rank=rank)
         lr = learning_rate(config.peak_lr, share=share, step=step, warmup=config.warmup)
-        optimiser.param_groups[0]["lr"] = lr
+        for group in optimiser.param_groups:
+            group["lr"] = lr
         x0 = pictures.draw(config.batch // config.processes, generator)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
             loss, facts = loss_of(unet, x0, angles, config, generator)

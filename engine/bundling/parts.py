@@ -30,6 +30,9 @@ PRIOR_KINDS = {
     "UNet2DModel": "diffusers_unet2d",
     "DiTTransformer2DModel": "diffusers_dit",
     "UNet2DConditionModel": "diffusers_unet2d_condition",
+    "SongUNet": "edm",
+    "DhariwalUNet": "edm",
+    "EDM2UNet": "edm",
 }
 # Where a diffusers pipeline keeps its network.
 _NETWORKS = ("unet", "transformer")

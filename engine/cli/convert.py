@@ -12,7 +12,7 @@ from tiltscope.engine.cli.screen import put_json, stage
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """DINOv3 as Meta or timm name it, ADM, DiT, SiT, autoencoders of saev and overcomplete, into safetensors.
+    """DINOv3 as Meta or timm name it, ADM, DiT, SiT, EDM, EDM2, autoencoders of saev and overcomplete, into safetensors.
 
     A pickled checkpoint is read by a reader that knows tensors and plain values; one that asks for anything else is refused.
     """
@@ -26,7 +26,7 @@ class Arguments:
     image_size: int = 256
     """guided-diffusion: pixels a side"""
     head_channels: int = 64
-    """guided-diffusion: channels of an attention head"""
+    """guided-diffusion, EDM's DhariwalUNet, EDM2: channels of an attention head"""
     sae_kind: str | None = None
     """overcomplete: relu | topk | batchtopk, which its files do not say"""
     threshold: float | None = None

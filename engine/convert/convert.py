@@ -16,6 +16,7 @@ from tiltscope.engine.convert.adm import convert_adm, is_adm
 from tiltscope.engine.convert.checkpoint import Checkpoint, read_checkpoint
 from tiltscope.engine.convert.dinov3 import NORMALISATIONS, convert_dinov3, is_dinov3
 from tiltscope.engine.convert.dit import convert_dit, is_dit
+from tiltscope.engine.convert.edm import convert_edm, is_edm
 from tiltscope.engine.errors import BundleError, ConfigError
 
 # ADM's own: 1000 levels, linear betas, a learned variance between two bounds.
@@ -35,6 +36,17 @@ SIT_SCHEDULER = {
     "num_train_timesteps": 1000,
     "shift": 1.0,
     "time_scale": 1.0,
+}
+# As EDM and EDM2 were trained; the ends are those between which their authors sample.
+EDM_SCHEDULER = {
+    "_class_name": "EDMEulerScheduler",
+    "num_train_timesteps": 1000,
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "sigma_schedule": "karras",
+    "rho": 7.0,
+    "prediction_type": "epsilon",
 }
 
 
@@ -65,6 +77,8 @@ def convert(checkpoint: Path, out: Path, settings: ConvertSettings) -> str:
         return _write_adm(found.tensors, out, settings)
     if is_dit(found.tensors):
         return _write_dit(found.tensors, out, _is_flow(checkpoint, settings))
+    if is_edm(found.tensors):
+        return _write_edm(found.tensors, out, settings)
     if is_dinov3(found.tensors):
         return _write_trunk(found.tensors, out, _release(checkpoint, settings))
     if (read := _autoencoder(found, settings)) is not None:
@@ -72,7 +86,7 @@ def convert(checkpoint: Path, out: Path, settings: ConvertSettings) -> str:
     names = sorted(found.tensors)
     raise BundleError(
         f"{checkpoint} is of no kind that is known (its tensors: {', '.join(names[:3])} and {max(len(names) - 3, 0)} more); "
-        "allowed: DINOv3 (Meta, timm), guided-diffusion's U-Net, DiT, SiT, autoencoders of saev and overcomplete"
+        "allowed: DINOv3 (Meta, timm), guided-diffusion's U-Net, DiT, SiT, EDM, EDM2, autoencoders of saev and overcomplete"
     )
 
 
@@ -132,6 +146,16 @@ def _write_dit(tensors: Mapping[str, Tensor], out: Path, flow: bool) -> str:
     _json(out / "config.json", config)
     what = "flow" if flow else "epsilon"
     return f"DiTTransformer2DModel, {config['num_layers']} blocks, latents of {config['in_channels']} channels, {what}"
+
+
+def _write_edm(tensors: Mapping[str, Tensor], out: Path, settings: ConvertSettings) -> str:
+    converted, config = convert_edm(tensors, head_channels=settings.head_channels)
+    out.mkdir(parents=True, exist_ok=True)
+    _save(converted, out / "diffusion_pytorch_model.safetensors")
+    _json(out / "scheduler_config.json", EDM_SCHEDULER)
+    _json(out / "config.json", config)
+    size, side = sum(each.numel() for each in converted.values()), config["sample_size"]
+    return f"{config['_class_name']}, {size:,} numbers, {config['in_channels']} channels of {side}x{side}"
 
 
 def _autoencoder(found: Checkpoint, settings: ConvertSettings) -> Read | None:

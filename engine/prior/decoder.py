@@ -3,6 +3,8 @@
     AutoencoderKL      picture = decoder(post_quant_conv(x0 / scaling_factor + shift_factor))
     AutoencoderTiny    picture = decoder(x0 / scaling_factor + shift_factor)
 
+or, of an autoencoder with latents_mean and latents_std [channel],  x0 std/scaling_factor + mean  in the place of both.
+
 x0 is the denoiser's, of about unit variance; the picture is about [-1, 1] and not clamped, so that its gradient lives beyond.
 """
 
@@ -38,13 +40,15 @@ class Decoder(nn.Module):
         *,
         shape: tuple[int, ...],
         factor: int,
-        scale: float,
-        shift: float,
+        scale: list[float],
+        shift: list[float],
     ) -> None:
+        """scale, shift: of every channel, or one of all."""
         super().__init__()
         self.decoder, self.post_quant_conv = decoder, post_quant_conv
         self.shape, self.picture_shape = shape, (3, shape[1] * factor, shape[2] * factor)
-        self.scale, self.shift = scale, shift
+        self.scale = nn.Buffer(torch.tensor(scale).view(-1, 1, 1), persistent=False)
+        self.shift = nn.Buffer(torch.tensor(shift).view(-1, 1, 1), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,16 +89,14 @@ def load_decoder(folder: Path, *, shape: tuple[int, ...]) -> Decoder:
         raise BundleError(
             f"{folder / CONFIG}: latent_channels is {channels!r}, but samples of the prior have {shape[0]}"
         )
-    for name in ("latents_mean", "latents_std"):
-        if whole.config.get(name) is not None:
-            raise BundleError(f"{folder / CONFIG}: {name} is given; allowed are scaling_factor and shift_factor alone")
+    scale, shift = _of_unit_variance(whole.config, folder / CONFIG)
     decoder = Decoder(
         whole.decoder,
         getattr(whole, "post_quant_conv", None),
         shape=shape,
         factor=factor,
-        scale=float(whole.config.scaling_factor),
-        shift=float(whole.config.shift_factor or 0.0),
+        scale=scale,
+        shift=shift,
     )
     held = {name: _renamed(name) for name in tensor_names(folder / WEIGHTS) if not name.startswith(_ENCODER)}
     wanted = decoder.state_dict()
@@ -106,6 +108,20 @@ def load_decoder(folder: Path, *, shape: tuple[int, ...]) -> Decoder:
     assign_weights(decoder, tensors, folder / WEIGHTS)
     replace_modules(decoder)
     return decoder.eval().requires_grad_(False)
+
+
+def _of_unit_variance(config: Any, path: Path) -> tuple[list[float], list[float]]:
+    """(scale, shift), x0 = (latent - shift) scale, one number or one a channel. Raises BundleError."""
+    factor = float(config.scaling_factor)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None and std is None:
+        return [factor], [float(config.shift_factor or 0.0)]
+    num = config.latent_channels
+    if not all(isinstance(each, list | tuple) and len(each) == num for each in (mean, std)) or min(std) <= 0:
+        raise BundleError(
+            f"{path}: latents_mean {mean!r} and latents_std {std!r} must both hold {num} numbers, the latter positive"
+        )
+    return [factor / each for each in std], [float(each) for each in mean]
 
 
 def _renamed(name: str) -> str:

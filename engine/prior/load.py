@@ -11,6 +11,8 @@ from tiltscope.engine.batch_invariant import replace_modules
 from tiltscope.engine.errors import BundleError
 from tiltscope.engine.files import read_json, read_tensors
 from tiltscope.engine.prior.dit import DiT
+from tiltscope.engine.prior.edm import FAMILIES, EDMUNet
+from tiltscope.engine.prior.edm2 import EDM2UNet
 from tiltscope.engine.prior.network import NetworkDenoiser, TimeEmbedding
 from tiltscope.engine.prior.prompted import PROMPT, check_config, prompted_unet, read_prompt, with_prompt
 from tiltscope.engine.prior.schedulers import read_scheduler
@@ -135,6 +137,21 @@ def load_unet2d_condition(folder: Path, config: Mapping[str, Any], shape: tuple[
     return network
 
 
+def load_edm(folder: Path, config: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module:
+    """A network of EDM or EDM2, as `tiltscope convert` writes it (edm.py, edm2.py). Raises BundleError."""
+    side, name = config.get("sample_size"), config.get("_class_name")
+    if shape[1:] != (side, side):
+        raise BundleError(
+            f"{folder / CONFIG}: sample_size is {side!r}, but samples of the bundle are {list(shape[1:])}"
+        )
+    networks: dict[str, Any] = dict.fromkeys(FAMILIES, EDMUNet) | {"EDM2UNet": EDM2UNet}
+    if name not in networks:
+        raise BundleError(f"{folder / CONFIG}: {name!r} is not known; allowed: {', '.join(networks)}")
+    network = _built(networks[name], folder, config, name=name)
+    assign_weights(network, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    return network
+
+
 def _built(kind: Any, folder: Path, config: Mapping[str, Any], *, name: str | None = None) -> Any:
     """The library's model without values. Raises BundleError where config.json is of another class, or describes none.
 
@@ -155,6 +172,7 @@ KINDS: dict[str, Callable[[Path, Mapping[str, Any], tuple[int, ...]], nn.Module]
     "diffusers_unet2d": load_unet2d,
     "diffusers_dit": load_dit,
     "diffusers_unet2d_condition": load_unet2d_condition,
+    "edm": load_edm,
 }
 
 

@@ -158,6 +158,14 @@ class Terms(NamedTuple):
     input_scale: Levels
 
 
+class Waves(NamedTuple):
+    """A time embedding written as scale cos(t frequency + phase), one frequency and phase a channel: for a plan without torch."""
+
+    frequencies: list[float]
+    phases: list[float]
+    scale: float
+
+
 class TimeEmbedding(nn.Module):
     """(cos, sin)(t w_i), w_i = 10000^(-i/(half - shift)): diffusers' `Timesteps`, in float64 where that one computes in float32.
 
@@ -170,10 +178,20 @@ class TimeEmbedding(nn.Module):
         self.flip_sin_to_cos = flip_sin_to_cos
         self.downscale_freq_shift = downscale_freq_shift
 
-    def forward(self, timesteps: Float[Tensor, "batch"]) -> Float64[Tensor, "batch channels"]:
+    def frequencies(self, device: torch.device = CPU) -> Float64[Tensor, "half"]:
         half = self.num_channels // 2
-        i = torch.arange(half, dtype=torch.float64, device=timesteps.device)
-        frequency = torch.exp(-math.log(10000) * i / (half - self.downscale_freq_shift))
+        i = torch.arange(half, dtype=torch.float64, device=device)
+        return torch.exp(-math.log(10000) * i / (half - self.downscale_freq_shift))
+
+    def waves(self) -> Waves:
+        each, cosine, sine = self.frequencies().tolist(), 0.0, -math.pi / 2
+        first, second = (cosine, sine) if self.flip_sin_to_cos else (sine, cosine)
+        odd = self.num_channels % 2  # a channel of zeros
+        phases = [first] * len(each) + [second] * len(each) + [math.pi / 2] * odd
+        return Waves([*each, *each, *[0.0] * odd], phases, 1.0)
+
+    def forward(self, timesteps: Float[Tensor, "batch"]) -> Float64[Tensor, "batch channels"]:
+        frequency = self.frequencies(timesteps.device)
         phase = timesteps.to(torch.float64)[:, None] * frequency[None, :]
         parts = (phase.cos(), phase.sin()) if self.flip_sin_to_cos else (phase.sin(), phase.cos())
         return F.pad(torch.cat(parts, dim=-1), (0, self.num_channels % 2))

@@ -43,7 +43,7 @@ DESCRIPTION, SELF_TEST = "artefact.json", "selftest.safetensors"
 SCHEMA_VERSION = 2
 # What graphs take and give, in which order, and what the self-test holds of it; another number for every change, so that files
 # of an older form are not opened.
-GRAPH_FORM = 3
+GRAPH_FORM = 4
 
 
 @dataclass(frozen=True)

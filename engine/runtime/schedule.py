@@ -22,24 +22,24 @@ FILE_NAME = "schedule.json"
 class Schedule:
     """levels: the network's sigma, descending. prediction: a key of PREDICTIONS in engine/prior/network.py, with its formulas.
 
-    channels, flip_sin_to_cos, downscale_freq_shift: its time embedding. shape: of one sample. rows: of a readout that the
-    graphs take. time_scale, sigma_data: of a flow, and of EDM.
+    frequencies, phases, amplitude: its time embedding, amplitude cos(t frequency + phase) in each channel. shape: of one sample.
+    rows: of a readout that the graphs take. time_scale, sigma_data: of a flow, and of EDM.
     """
 
     shape: tuple[int, ...]
     rows: int
     levels: tuple[float, ...]
     prediction: str
-    channels: int
-    flip_sin_to_cos: bool
-    downscale_freq_shift: float
+    frequencies: tuple[float, ...]
+    phases: tuple[float, ...]
+    amplitude: float
     time_scale: float = 1000.0
     sigma_data: float = 0.5
 
     @staticmethod
     def read(folder: Path) -> "Schedule":
         facts: dict[str, Any] = json.loads((folder / FILE_NAME).read_text())
-        for name in ("shape", "levels"):
+        for name in ("shape", "levels", "frequencies", "phases"):
             facts[name] = tuple(facts[name])
         return Schedule(**facts)
 
@@ -98,8 +98,4 @@ class Schedule:
         return np.where(inside, 0.0, (1 - share) / safe), np.where(inside, 1.0, share * low_alpha / safe)
 
     def _embedding(self, time: NDArray[np.float64]) -> NDArray[np.float64]:
-        half = self.channels // 2
-        frequency = np.exp(-math.log(10000) * np.arange(half) / (half - self.downscale_freq_shift))
-        phase = time[:, None] * frequency
-        parts = (np.cos(phase), np.sin(phase)) if self.flip_sin_to_cos else (np.sin(phase), np.cos(phase))
-        return np.pad(np.concatenate(parts, axis=1), ((0, 0), (0, self.channels % 2)))
+        return self.amplitude * np.cos(time[:, None] * np.array(self.frequencies) + np.array(self.phases))

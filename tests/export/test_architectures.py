@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import write_convnext, write_dit, write_kl, write_tiny_autoencoder, write_unet, write_vit
+from tiny_models import (
+    EDM2,
+    write_convnext,
+    write_dit,
+    write_edm,
+    write_kl,
+    write_tiny_autoencoder,
+    write_unet,
+    write_vit,
+)
 
 from tiltscope.engine.feature.decoded import DecodedTrunk
 from tiltscope.engine.feature.feature import Feature
@@ -55,6 +64,16 @@ def flow(folder):
     return "diffusers_dit", LATENT
 
 
+def ncsnpp(folder):
+    write_edm(folder)
+    return "edm", PICTURE
+
+
+def edm2(folder):
+    write_edm(folder, EDM2)
+    return "edm", LATENT
+
+
 # name -> (prior, trunk, hook, window of the autoencoder, decoder); the first is the published set-up in small.
 CASES = {
     "ADM, ConvNeXt, convolutional SAE": (adm, write_convnext, "stages.2.1", (7, 7), None),
@@ -68,6 +87,8 @@ CASES = {
         None,
     ),
     "ADM, ConvNeXt at norm": (adm, write_convnext, "norm", (), None),
+    "EDM's NCSN++, ViT": (ncsnpp, write_vit, "blocks.2", (), None),
+    "EDM2, KL decoder, ConvNeXt": (edm2, write_convnext, "stages.1.1", (), write_kl),
 }
 # In the default tier: traced, and run by torch. The rest of the way, through the file and another engine, takes a minute a graph.
 FAST = "SiT, tiny decoder, ConvNeXt"

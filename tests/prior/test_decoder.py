@@ -73,12 +73,27 @@ def test_old_names_of_attention_load_too(tmp_path):
     assert torch.equal(load_decoder(tmp_path, shape=LATENT)(x0), expected)
 
 
+@torch.no_grad()
+def test_statistics_of_the_latents_stand_in_for_scale_and_shift(tmp_path):
+    """As diffusers' pipelines read them: x0 std/scaling_factor + mean, channel by channel."""
+    vae = write_kl(tmp_path)
+    mean, std = [5.81, 3.25, 0.12, -2.15], [4.17, 4.62, 3.71, 3.28]
+    path = tmp_path / "config.json"
+    told = {"latents_mean": mean, "latents_std": std, "scaling_factor": 0.5, "shift_factor": 7.0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    x0 = latents()
+    raw = x0 * torch.tensor(std).view(-1, 1, 1) / 0.5 + torch.tensor(mean).view(-1, 1, 1)
+    expected = vae.decode(raw).sample
+    torch.testing.assert_close(load_decoder(tmp_path, shape=LATENT)(x0), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"_class_name": "VQModel"}, "allowed: AutoencoderKL, AutoencoderTiny"),
         ({"latent_channels": 16}, "latent_channels is 16, but samples of the prior have 4"),
-        ({"latents_mean": [0.0] * 4}, "latents_mean is given"),
+        ({"latents_mean": [0.0] * 4}, "must both hold 4 numbers"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 2.0, 0.0, 1.0]}, "the latter positive"),
         ({"block_out_channels": [8, 16]}, r"of another shape \(decoder\."),
         ({"up_block_types": ["Mystery", "Mystery"]}, "does not describe an AutoencoderKL"),
     ],

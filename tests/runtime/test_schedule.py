@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from tiltscope.engine.prior.edm import Fourier
+from tiltscope.engine.prior.edm2 import PhasedFourier
 from tiltscope.engine.prior.levels import sigma_levels
 from tiltscope.engine.prior.network import PREDICTIONS, NetworkDenoiser, TimeEmbedding
 from tiltscope.engine.runtime.conditioning import conditioning
@@ -12,32 +14,42 @@ from tiltscope.engine.runtime.schedule import Schedule
 
 
 class Network(nn.Module):
-    def __init__(self, **embedding):
+    def __init__(self, embedding):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.time_proj = TimeEmbedding(**embedding)
+        self.time_proj = embedding
+
+
+def drawn(embedding):
+    """EDM's frequencies, and EDM2's with their phases, as a checkpoint brings them."""
+    for name, buffer in embedding.named_buffers():
+        buffer.copy_(torch.linspace(-20, 20, len(buffer)) if name == "freqs" else torch.linspace(0, 6, len(buffer)))
+    return embedding
+
+
+EMBEDDINGS = {
+    "cosine first": TimeEmbedding(16, flip_sin_to_cos=True, downscale_freq_shift=0.0),
+    "sine first, odd": TimeEmbedding(9, flip_sin_to_cos=False, downscale_freq_shift=1.0),
+    "EDM": drawn(Fourier(8)),
+    "EDM2": drawn(PhasedFourier(12)),
+}
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(
-    "embedding",
-    [
-        {"num_channels": 16, "flip_sin_to_cos": True, "downscale_freq_shift": 0.0},
-        {"num_channels": 9, "flip_sin_to_cos": False, "downscale_freq_shift": 1.0},
-    ],
-)
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
 def test_it_is_the_torch_one(prediction, embedding, tmp_path):
     facts = {"time_scale": 700.0, "sigma_data": 0.6}
     levels = sigma_levels({"beta_schedule": "squaredcos_cap_v2"})
-    denoiser = NetworkDenoiser(Network(**embedding), levels=levels, prediction=prediction, **facts)
+    denoiser = NetworkDenoiser(Network(EMBEDDINGS[embedding]), levels=levels, prediction=prediction, **facts)
+    waves = EMBEDDINGS[embedding].waves()
     schedule = Schedule(
         shape=(3, 8, 8),
         rows=4,
         levels=tuple(levels.tolist()),
         prediction=prediction,
-        channels=embedding["num_channels"],
-        flip_sin_to_cos=embedding["flip_sin_to_cos"],
-        downscale_freq_shift=embedding["downscale_freq_shift"],
+        frequencies=tuple(waves.frequencies),
+        phases=tuple(waves.phases),
+        amplitude=waves.scale,
         **facts,
     )
     schedule.write(tmp_path)
