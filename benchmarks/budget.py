@@ -1,11 +1,12 @@
-"""Which rows to guide: how natural pictures are at one mean activation, against the network calls they take.
+"""Which rows, and which of them to guide: how natural pictures are at one mean activation, against the network calls they take.
 
-Every candidate is a number of rows and an interval of noise levels that guides some of them. For each feature (the demo's and
+Every candidate is a number of rows, the grid they lie on and an interval of noise levels that guides some of them. For each feature (the demo's and
 every 60th of the selectivity ranking, fixed before looking) its strength is the one at which the same seeds reach the target that
 `tiltscope explain` would choose (matching.py). What a guided and an unguided row cost is timed in turn.
 
     choice    the cheapest candidate that reaches every feature, whose naturalness, feature by feature, is on average no more
-              than one standard error below that of the first candidate, the preset `fast`, and that has CRISP of its detail
+              than one standard error below that of the first candidate, 25 rows of the network's own levels all guided, and
+              that has CRISP of its detail
 
 Appends a line to results/budget.jsonl, of which tools/benchmark_tables.py makes a table. The preset `fast` is to be the choice.
 
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -44,17 +45,28 @@ RESULTS = Path(__file__).parent / "results" / "budget.jsonl"
 EVERY_ROW = (0.0, 1.0)
 TIMED_ROWS = 10
 CRISP = 0.9
-# Rows, and the noise levels between which they are guided; the first is what the others are held to.
-CANDIDATES: tuple[tuple[int, tuple[float, float]], ...] = (
-    (25, EVERY_ROW),
-    (25, (0.5, 0.97)),
-    (15, EVERY_ROW),
-    (15, (0.3, 0.95)),
-    (10, EVERY_ROW),
-    (10, (0.15, 0.99)),
-    (10, (0.3, 0.99)),
-    (10, (0.3, 0.95)),
-    (8, EVERY_ROW),
+
+
+class Candidate(NamedTuple):
+    """interval: the noise levels between which rows are guided."""
+
+    steps: int
+    grid: str
+    interval: tuple[float, float] = EVERY_ROW
+
+
+# The first is what the others are held to.
+CANDIDATES = (
+    Candidate(25, "native"),
+    Candidate(25, "native", (0.5, 0.97)),
+    Candidate(10, "native"),
+    Candidate(25, "linear_beta"),
+    Candidate(15, "linear_beta"),
+    Candidate(15, "linear_beta", (0.0, 0.99)),
+    Candidate(10, "linear_beta"),
+    Candidate(10, "linear_beta", (0.0, 0.99)),
+    Candidate(8, "linear_beta"),
+    Candidate(8, "linear_beta", (0.0, 0.99)),
 )
 
 
@@ -85,13 +97,14 @@ def drawer(run: Run) -> Callable[[float], Tensor]:
     return draw
 
 
-def asked(bundle: Bundle, address: str, config: Config, steps: int, interval: tuple[float, float]) -> Run:
+def asked(bundle: Bundle, address: str, config: Config, candidate: Candidate) -> Run:
     settings = SampleConfig(
         num=config.num,
         lam=1.0,
         preset="calibrated",
-        steps=steps,
-        guidance_interval=interval,
+        steps=candidate.steps,
+        grid=candidate.grid,
+        guidance_interval=candidate.interval,
         batch_size=config.batch_size,
         runner=config.runner,
     )
@@ -101,7 +114,7 @@ def asked(bundle: Bundle, address: str, config: Config, steps: int, interval: tu
 def seconds_a_row(bundle: Bundle, config: Config) -> dict[str, float]:
     """Of one picture in a full bucket, guided and unguided, timed in turn."""
     num = config.batch_size
-    run = asked(bundle, config.demo, replace(config, num=num), TIMED_ROWS, EVERY_ROW)
+    run = asked(bundle, config.demo, replace(config, num=num), Candidate(TIMED_ROWS, "native"))
     indices = np.arange(num)
     ways = {"guided": run, "unguided": replace(run, lam=0.0)}
     timings = interleave({name: partial(each.draw_bucket, indices) for name, each in ways.items()}, seconds=10.0)
@@ -122,9 +135,9 @@ def measure(bundle: Bundle, address: str, config: Config, former: list[float]) -
     found: list[dict[str, Any]] = []
     start = float(inquiry.run.lam or 1.0)  # pyright: ignore[reportArgumentType]  # of one feature: a number
     print(f"{address}: target {inquiry.target:.3g}", flush=True)
-    for place, (steps, interval) in enumerate(CANDIDATES):
-        run = asked(bundle, address, config, steps, interval)
-        print(f"  {steps} rows, {interval}", flush=True)
+    for place, candidate in enumerate(CANDIDATES):
+        run = asked(bundle, address, config, candidate)
+        print(f"  {candidate}", flush=True)
         first = former[place] if former else start
         drawn = match(drawer(run), activation_of(feature), inquiry.target, first)
         start = drawn.strength if drawn.matched else start
@@ -132,8 +145,7 @@ def measure(bundle: Bundle, address: str, config: Config, former: list[float]) -
         guided, unguided = kinds(run)
         found.append(
             {
-                "steps": steps,
-                "interval": interval,
+                **candidate._asdict(),
                 "guided": guided,
                 "unguided": unguided,
                 "strength": drawn.strength,
@@ -152,13 +164,12 @@ def measure(bundle: Bundle, address: str, config: Config, former: list[float]) -
 def summary(of_feature: dict[str, list[dict[str, Any]]], costs: dict[str, float]) -> list[dict[str, Any]]:
     """A line a candidate. behind: naturalness less the first candidate's, mean over features and its standard error over them."""
     lines: list[dict[str, Any]] = []
-    for place, (steps, interval) in enumerate(CANDIDATES):
+    for place, candidate in enumerate(CANDIDATES):
         each = [found[place] for found in of_feature.values()]
         differences = np.array([found[place]["naturalness"] - found[0]["naturalness"] for found in of_feature.values()])
         lines.append(
             {
-                "steps": steps,
-                "interval": interval,
+                **candidate._asdict(),
                 "guided": each[0]["guided"],
                 "unguided": each[0]["unguided"],
                 "seconds": sum(each[0][kind] * cost for kind, cost in costs.items()),
@@ -188,7 +199,9 @@ def strengths(config: Config, address: str) -> list[float]:
     if config.former is None:
         return []
     of_feature = json.loads(config.former.read_text().splitlines()[-1])["features"][address]
-    found = {(each["steps"], tuple(each["interval"])): float(each["strength"]) for each in of_feature}
+    found = {
+        Candidate(each["steps"], each["grid"], tuple(each["interval"])): float(each["strength"]) for each in of_feature
+    }
     return [found[candidate] for candidate in CANDIDATES]
 
 

@@ -75,7 +75,7 @@ class SampleConfig(Settings):
     steps: int | None = None
     """intervals of the noise grid"""
     grid: str | None = None
-    """native (the network's own levels) | angle | karras | log_snr | flow_shift(shift=S); default: the solver's own"""
+    """native (the network's own levels) | angle | karras | log_snr | flow_shift | linear_beta; default: the solver's own"""
     guidance: str | None = None
     """tilt (lam is the tilt's lambda) | constant (the published update: lam is its scale, the same in every row)"""
     recurrence: int = 1

@@ -1,4 +1,4 @@
-"""Several GPUs, or several processes of a CPU: each draws its share of the indices. The pictures are the same however many there are.
+"""Several GPUs, or several processes of a CPU: each draws its share of the indices, and the pictures stay the same.
 
     python examples/several_devices.py OUT --device cuda --workers 4 --num 1024
     python examples/several_devices.py OUT --device cpu --workers 2 --num 16

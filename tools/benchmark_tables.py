@@ -135,7 +135,7 @@ def budget() -> Iterator[str]:
         + f" {line['num']} pictures of each of {names}, at one mean activation each."
     )
     yield (
-        "Behind: naturalness less that of 25 rows guided throughout, mean over features and its standard error. Detail: mean "
+        "Behind: naturalness less that of the first line, mean over features and its standard error. Detail: mean "
         "absolute Laplacian, 1 as in held-out pictures. "
         f"Cost: a guided row takes {costs['guided']:.3f} s a picture, an unguided one {costs['unguided']:.3f} s."
     )
@@ -144,10 +144,10 @@ def budget() -> Iterator[str]:
     for each in line["candidates"]:
         low, high = each["interval"]
         where = "every row" if (low, high) == (0.0, 1.0) else f"{low:g} to {high:g}"
-        chosen = (each["steps"], each["interval"]) == (line["choice"]["steps"], line["choice"]["interval"])
+        chosen = each == line["choice"]
         rows.append(
             [
-                str(each["steps"]),
+                f"{each['steps']} {each['grid']}",
                 where + (" (chosen)" if chosen else ""),
                 str(each["guided"]),
                 f"{each['reached']} of {len(line['features'])}",
