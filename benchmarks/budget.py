@@ -1,8 +1,8 @@
 """Which rows, and which of them to guide: how natural pictures are at one mean activation, against the network calls they take.
 
-Every candidate is a number of rows, the grid they lie on and an interval of noise levels that guides some of them. For each feature (the demo's and
-every 60th of the selectivity ranking, fixed before looking) its strength is the one at which the same seeds reach the target that
-`tiltscope explain` would choose (matching.py). What a guided and an unguided row cost is timed in turn.
+Every candidate is a number of rows, the grid they lie on and an interval of noise levels that guides some of them. For each
+feature (the demo's and every 60th of the selectivity ranking, fixed before looking) its strength is the one at which the same
+seeds reach the target that `tiltscope explain` would choose (matching.py). Guided and unguided rows are timed in turn.
 
     choice    the cheapest candidate that reaches every feature, whose naturalness, feature by feature, is on average no more
               than one standard error below that of the first candidate, 25 rows of the network's own levels all guided, and
