@@ -132,7 +132,8 @@ class MuonAndAdamW:
     """Muon for every matrix and convolution kernel [out, in k k], AdamW for biases and norms, as one optimiser.
 
     torch's Muon takes matrices alone: it is given a view of each kernel. Its steps have AdamW's root mean square, so one
-    learning rate serves both (arXiv:2502.16982). On the prior it reaches in a third of the steps what AdamW does.
+    learning rate serves both (arXiv:2502.16982). On the prior, 300 steps from trained weights and on the same batches: a loss .8 %
+    below AdamW's, for an eighth more time a step.
     """
 
     def __init__(self, model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
@@ -179,7 +180,7 @@ def save_checkpoint(
     path: Path,
     *,
     modules: dict[str, nn.Module],
-    optimiser: torch.optim.Optimizer,
+    optimiser: torch.optim.Optimizer | MuonAndAdamW,
     generator: torch.Generator,
     facts: dict[str, Any],
 ) -> None:
@@ -200,7 +201,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, modules: dict[str, nn.Module], optimiser: torch.optim.Optimizer, generator: torch.Generator
+    path: Path,
+    *,
+    modules: dict[str, nn.Module],
+    optimiser: torch.optim.Optimizer | MuonAndAdamW,
+    generator: torch.Generator,
 ) -> dict[str, Any]:
     """Put a checkpoint back; returns its `facts`. The next step is bit for bit what it would have been (proved by
     tests/tools).

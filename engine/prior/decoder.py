@@ -113,7 +113,8 @@ def load_decoder(folder: Path, *, shape: tuple[int, ...]) -> Decoder:
 def _of_unit_variance(config: Any, path: Path) -> tuple[list[float], list[float]]:
     """(scale, shift), x0 = (latent - shift) scale, one number or one a channel. Raises BundleError."""
     factor = float(config.scaling_factor)
-    mean, std = config.get("latents_mean"), config.get("latents_std")
+    mean: Any = config.get("latents_mean")
+    std: Any = config.get("latents_std")
     if mean is None and std is None:
         return [factor], [float(config.shift_factor or 0.0)]
     num = config.latent_channels

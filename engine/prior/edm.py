@@ -105,7 +105,10 @@ class Fourier(nn.Module):
         self.freqs = nn.Buffer(torch.empty(num))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Fourier":
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor).device)
+
+        return super()._apply(moved, recurse)
 
     def forward(self, t: Float[Tensor, "batch"]) -> Float64[Tensor, "batch channel"]:
         phase = t.to(torch.float64)[:, None] * (2 * math.pi * self.freqs.to(torch.float64))
@@ -149,7 +152,8 @@ class _Block(nn.Module):
     ) -> None:
         super().__init__()
         embedded, smooth = settings.model_channels * settings.channel_mult_emb, settings.resample_smooth
-        self.family, self.how, self.smooth = family, how, smooth
+        self.how: Resample = how
+        self.family, self.smooth = family, smooth
         self.norm0 = _norm(inputs, family.eps)
         self.conv0 = _Convolution(inputs, outputs, 3, how, smooth)
         self.affine = Linear(embedded, outputs * (2 if family.adaptive_scale else 1))

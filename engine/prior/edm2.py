@@ -85,7 +85,8 @@ class _Block(nn.Module):
         self, inputs: int, outputs: int, settings: Settings, *, encodes: bool, how: Resample, attends: bool
     ) -> None:
         super().__init__()
-        self.encodes, self.how = encodes, how
+        self.encodes = encodes
+        self.how: Resample = how
         self.conv_res0 = _convolution(outputs if encodes else inputs, outputs, 3)
         self.emb_linear = Linear(settings.emb_channels, outputs, bias=False)
         self.conv_res1 = _convolution(outputs, outputs, 3)

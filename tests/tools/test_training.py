@@ -9,18 +9,24 @@ import pytest
 import torch
 from torch import nn
 from train_sae import Autoencoder, normal_form, whitening
-from training import Clock, learning_rate, load_checkpoint, save_checkpoint, update_ema
+from training import Clock, MuonAndAdamW, learning_rate, load_checkpoint, save_checkpoint, update_ema
 
 
-def make() -> tuple[dict[str, nn.Module], torch.optim.Optimizer, torch.Generator]:
+def make(kind: str) -> tuple[dict[str, nn.Module], torch.optim.Optimizer | MuonAndAdamW, torch.Generator]:
     torch.manual_seed(3)
     model = nn.Linear(4, 4)
-    modules = {"model": model, "average": copy.deepcopy(model)}
-    return modules, torch.optim.AdamW(model.parameters(), lr=0.1), torch.Generator().manual_seed(5)
+    modules: dict[str, nn.Module] = {"model": model, "average": copy.deepcopy(model)}
+    settings = {"lr": 0.1, "weight_decay": 0.01}
+    adamw = torch.optim.AdamW(model.parameters(), **settings)
+    optimiser = MuonAndAdamW(model, betas=(0.9, 0.99), **settings) if kind == "muon" else adamw
+    return modules, optimiser, torch.Generator().manual_seed(5)
 
 
 def train(
-    modules: dict[str, nn.Module], optimiser: torch.optim.Optimizer, generator: torch.Generator, steps: int
+    modules: dict[str, nn.Module],
+    optimiser: torch.optim.Optimizer | MuonAndAdamW,
+    generator: torch.Generator,
+    steps: int,
 ) -> None:
     for _ in range(steps):
         x = torch.randn(8, 4, generator=generator) + torch.randn(8, 4)  # both random states matter
@@ -31,13 +37,14 @@ def train(
         update_ema(modules["average"], modules["model"], 0.9)
 
 
-def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path) -> None:
-    modules, optimiser, generator = make()
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(kind: str, tmp_path: Path) -> None:
+    modules, optimiser, generator = make(kind)
     train(modules, optimiser, generator, 2)
     save_checkpoint(tmp_path / "c.pt", modules=modules, optimiser=optimiser, generator=generator, facts={"step": 2})
     train(modules, optimiser, generator, 2)
 
-    again, optimiser_again, generator_again = make()
+    again, optimiser_again, generator_again = make(kind)
     torch.manual_seed(99)
     facts = load_checkpoint(tmp_path / "c.pt", modules=again, optimiser=optimiser_again, generator=generator_again)
     train(again, optimiser_again, generator_again, 2)
@@ -46,6 +53,22 @@ def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path)
     for name, module in modules.items():
         for a, b in zip(module.parameters(), again[name].parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_kernel_steps_along_the_orthogonal_factor_of_its_gradient() -> None:
+    """Muon: every singular value of a convolution's step is about the same, whatever the gradient's are; biases are AdamW's."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(4, 6, 3)
+    kernel, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    optimiser = MuonAndAdamW(model, lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
+    optimiser.zero_grad()
+    (model(torch.randn(2, 4, 8, 8)) * torch.linspace(1, 9, 6)[:, None, None]).square().mean().backward()
+    optimiser.step()
+    values = torch.linalg.svdvals((model.weight.detach() - kernel).flatten(1))
+    gradient = torch.linalg.svdvals(model.weight.grad.flatten(1))
+    assert values.max() / values.min() < 3 < gradient.max() / gradient.min()
+    torch.testing.assert_close(values.mean(), torch.tensor(0.1 * 0.2 * 36**0.5), rtol=0.3, atol=0.0)
+    torch.testing.assert_close((model.bias.detach() - bias).abs(), torch.full((6,), 0.1), rtol=1e-3, atol=0.0)
 
 
 def test_the_rate_warms_up_holds_and_decays_over_the_last_third() -> None:
