@@ -132,8 +132,8 @@ class MuonAndAdamW:
     """Muon for every matrix and convolution kernel [out, in k k], AdamW for biases and norms, as one optimiser.
 
     torch's Muon takes matrices alone: it is given a view of each kernel. Its steps have AdamW's root mean square, so one
-    learning rate serves both (arXiv:2502.16982). On the prior, 300 steps from trained weights, the same batches: a loss .8 % below
-    AdamW's, for an eighth more time a step.
+    learning rate serves both (arXiv:2502.16982). On the prior, in 300 steps from trained weights on the same batches: a loss .8 %
+    below AdamW's, for an eighth more time a step.
     """
 
     def __init__(self, model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
