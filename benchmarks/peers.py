@@ -1,7 +1,8 @@
 """Whole pictures of one feature at one mean activation: this engine beside what else draws such pictures, in one process.
 
-    tiltscope   the preset fast, and fewer rows of it
-    plain       diffusers + transformers + autograd, the same solver and noise, guided in every row
+    tiltscope   the preset fast
+    plain       diffusers + transformers + autograd, the same solver and noise: on the preset's rows, and guided in every row of
+                the network's own levels, as diffusers' scheduler places them
     deepinv     its DPS at several step counts: |a(D) - y|, y the target, the libraries' own networks behind its interfaces
     published   the 1,000-row update (preset paper_exact, drawn by this engine: faster than as it was published)
     actmax      activation maximisation over a spectrum, as Horama, lucid and lucent do it (engine/tilt/actmax.py)
@@ -65,10 +66,10 @@ class Config:
     feature: str = "blocks.5:sae:1169"
     num: int = 8
     """pictures, drawn in one batch"""
-    steps: tuple[int, ...] = (25, 10)
-    """rows of this engine and of plain; the first is what others are times of"""
+    plain_steps: tuple[int, ...] = (25,)
+    """rows of plain where diffusers' scheduler would place them"""
     runner: str = "auto"
-    deepinv_steps: tuple[int, ...] = (10, 25)
+    deepinv_steps: tuple[int, ...] = (6, 8, 10, 25)
     published_rows: int = 8
     without: tuple[str, ...] = ()
     """ways to leave out, by name"""
@@ -129,7 +130,8 @@ def plain_way(step: PlainStep, run: Run, start: float) -> Way:
         return x
 
     cannot = "no calibrated lambda, one feature a batch"
-    return Way(name=f"plain, {plan.num_rows} rows", draw=draw, start=start, rows=plan.num_rows, cannot=cannot)
+    where = "of its levels" if run.config.grid == "native" else "as ours"
+    return Way(name=f"plain, {plan.num_rows} rows {where}", draw=draw, start=start, rows=plan.num_rows, cannot=cannot)
 
 
 class _DeepinvDenoiser(nn.Module):
@@ -229,14 +231,18 @@ def main(config: Config) -> None:
         )
         return prepare(prior, feature, asked_for)
 
-    runs = [asked("fast", config.runner, steps=steps) for steps in config.steps]
+    run = asked("fast", config.runner)
     published = asked("paper_exact")
     strength, of_ablation = published_strength(config.feature)
     step = PlainStep(bundle, feature)
     magnitude = natural_magnitude(bundle.pool.x0(range(MAGNITUDE_NUM)))
     ways = [
-        *(own(run, f"tiltscope, {run.plan.num_rows} rows", 1.1) for run in runs),
-        *(plain_way(step, asked("fast", steps=steps), 1.1) for steps in config.steps),
+        own(run, f"tiltscope, preset fast ({run.plan.num_rows} rows)", 1.1),
+        plain_way(step, asked("fast"), 1.1),
+        *(
+            plain_way(step, asked("fast", steps=n, grid="native", guidance_interval=(0.0, 1.0)), 1.1)
+            for n in config.plain_steps
+        ),
         *(deepinv_way(step, target, steps, prior.shape) for steps in config.deepinv_steps),
         published_way(published, config.published_rows, strength),
         actmax_way(feature, target, magnitude, prior.shape),
@@ -262,8 +268,8 @@ def main(config: Config) -> None:
         target=target,
         num=config.num,
         deepinv=version("deepinv"),
-        runner=runs[0].config.runner,
-        runner_choice=None if runs[0].choice is None else runs[0].choice.to_json(),
+        runner=run.config.runner,
+        runner_choice=None if run.choice is None else run.choice.to_json(),
         base=ways[0].name,
         ways=found,
     )
