@@ -60,12 +60,10 @@ CANDIDATES = (
     Candidate(25, "native"),
     Candidate(25, "native", (0.5, 0.97)),
     Candidate(10, "native"),
-    Candidate(25, "linear_beta"),
-    Candidate(15, "linear_beta"),
-    Candidate(15, "linear_beta", (0.0, 0.99)),
+    Candidate(12, "linear_beta", (0.0, 0.99)),
     Candidate(10, "linear_beta"),
     Candidate(10, "linear_beta", (0.0, 0.99)),
-    Candidate(8, "linear_beta"),
+    Candidate(10, "log_snr(low=-5.0, high=1.2)", (0.0, 0.99)),
     Candidate(8, "linear_beta", (0.0, 0.99)),
 )
 
