@@ -29,7 +29,7 @@ from tiltscope.engine.calibration import calibrate_on_sampler
 from tiltscope.engine.config import ExplainConfig
 from tiltscope.engine.explain import Inquiry, inquire
 from tiltscope.engine.report.metrics import measure
-from tiltscope.engine.sample import Run
+from tiltscope.engine.run import Run
 from tiltscope.engine.samples import Samples, join
 
 BUCKET = 8

@@ -32,7 +32,8 @@ from tiltscope.engine.bench.timing import interleave
 from tiltscope.engine.bundle import Bundle
 from tiltscope.engine.config import ExplainConfig, SampleConfig
 from tiltscope.engine.explain import inquire
-from tiltscope.engine.sample import Run, prepare
+from tiltscope.engine.prepare import prepare
+from tiltscope.engine.run import Run
 from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.engine.samples import join
 

@@ -31,8 +31,8 @@ import torch
 import tiltscope
 from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import RunnerError
+from tiltscope.engine.prepare import prepare
 from tiltscope.engine.runtime.graphs import CudaGraphs, Graphs, StandInGraphs
-from tiltscope.engine.sample import prepare
 from tiltscope.engine.sampler.replay import GraphedTicks, StaticSlots, step_into
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.sampler.state import admit

@@ -50,9 +50,9 @@ def measure(feature_word: str, bucket: int, dtype_name: str, chunk: int) -> dict
 
     import tiltscope
     from tiltscope.engine.bench.cases import noisy
+    from tiltscope.engine.prepare import DTYPES
     from tiltscope.engine.runtime.memory import ChunkedStep, row_mib
     from tiltscope.engine.runtime.step import TorchStep
-    from tiltscope.engine.sample import DTYPES
 
     bundle, dtype = tiltscope.load("emoji64"), DTYPES[dtype_name]
     prior, feature = bundle.prior.to(dtype), bundle.feature(feature_word).to(dtype)

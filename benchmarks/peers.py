@@ -43,7 +43,8 @@ from tiltscope.engine.bench.plain import PlainStep
 from tiltscope.engine.bench.timing import interleave
 from tiltscope.engine.config import ExplainConfig, SampleConfig
 from tiltscope.engine.explain import inquire
-from tiltscope.engine.sample import Progress, Run, prepare
+from tiltscope.engine.prepare import prepare
+from tiltscope.engine.run import Progress, Run
 from tiltscope.engine.sampler.noise import STREAM_START, STREAM_STEP, seed_key
 from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.engine.samples import join

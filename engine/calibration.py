@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import CalibrationError
 from tiltscope.engine.report.atomic import write_bytes
+from tiltscope.engine.run import Run
 from tiltscope.engine.runtime.cache import cache_folder
 from tiltscope.engine.runtime.function_parts import answers_of_feature, answers_of_prior
-from tiltscope.engine.sample import Run
 from tiltscope.engine.sampler.noise import CALIBRATION_INDEX
 from tiltscope.engine.tilt.ascent import Ascent, Draw, ascend
 from tiltscope.engine.tilt.log_tilt import parse_log_tilt

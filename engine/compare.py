@@ -27,7 +27,7 @@ from tiltscope.engine.prior.likelihood import bits_per_dim
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.report.metrics import embed, measure, pictures_of, vendi_score
 from tiltscope.engine.report.robustness import robustness
-from tiltscope.engine.sample import Run, check_any_finite
+from tiltscope.engine.run import Run, check_any_finite
 from tiltscope.engine.samples import Samples, join
 from tiltscope.engine.tilt.activation_law import excess_kl_lower_bound
 from tiltscope.engine.tilt.ascent import Round, integrate

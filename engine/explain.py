@@ -24,10 +24,11 @@ from tiltscope.engine.choice import parse_choice
 from tiltscope.engine.config import ExplainConfig, SampleConfig
 from tiltscope.engine.errors import CalibrationError, ConfigError
 from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.prepare import prepare
 from tiltscope.engine.prior.prior import to_pixels
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.report.metrics import measure, prior_warning
-from tiltscope.engine.sample import OnStep, Run, check_any_finite, failures, prepare
+from tiltscope.engine.run import OnStep, Run, check_any_finite, failures
 from tiltscope.engine.samples import Explanation, Samples, join
 from tiltscope.engine.tilt.actmax import activation_maximisation, natural_magnitude
 from tiltscope.engine.tilt.calibrate import (

@@ -10,7 +10,7 @@ import torch
 
 import tiltscope
 from tiltscope.engine.config import SampleConfig
-from tiltscope.engine.sample import prepare
+from tiltscope.engine.prepare import prepare
 from tiltscope.engine.sampler.plan import make_plan
 from tiltscope.engine.sampler.state import admit
 from tiltscope.engine.sampler.tick import tick

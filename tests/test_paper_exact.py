@@ -86,7 +86,7 @@ def test_twenty_rows_are_the_published_ones(setting, num, within):
 
 
 def drawn_in_float64(prior, feature, num):
-    from tiltscope.engine.sample import prepare
+    from tiltscope.engine.prepare import prepare
     from tiltscope.engine.sampler.state import admit
     from tiltscope.engine.sampler.tick import tick
 

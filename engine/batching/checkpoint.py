@@ -15,9 +15,10 @@ from tiltscope.engine.batching.request import Request, Sample
 from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.prepare import prepare
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.report.atomic import write_bytes
-from tiltscope.engine.sample import Run, prepare
+from tiltscope.engine.run import Run
 from tiltscope.engine.sampler.state import SLOT_TENSORS, HostRows, SlotState
 from tiltscope.engine.tilt.ascent import Ascent
 

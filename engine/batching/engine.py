@@ -23,9 +23,9 @@ from tiltscope.engine.bundle import Bundle
 from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import BusyError, ConfigError, RunnerError
 from tiltscope.engine.feature.feature import Feature
+from tiltscope.engine.prepare import DTYPES, calibrated, device_and_kernels, prepare
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime.runners import Gated
-from tiltscope.engine.sample import DTYPES, calibrated, device_and_kernels, prepare
 from tiltscope.engine.samples import Samples
 
 # Settings that the engine gives every request.

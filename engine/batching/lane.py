@@ -14,7 +14,7 @@ import torch
 from tiltscope.engine.batching.request import Request, Sample
 from tiltscope.engine.batching.slots import padded, take
 from tiltscope.engine.feature.feature import Feature
-from tiltscope.engine.sample import Run
+from tiltscope.engine.run import Run
 from tiltscope.engine.sampler.state import HostRows, SlotState
 from tiltscope.engine.sampler.tick import tick
 from tiltscope.kernels.dispatch import count_calls

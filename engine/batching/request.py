@@ -13,7 +13,7 @@ from torch import Tensor
 from tiltscope.engine.batching.slots import padded
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.report.manifest import complete
-from tiltscope.engine.sample import Run, check_any_finite, failures
+from tiltscope.engine.run import Run, check_any_finite, failures
 from tiltscope.engine.sampler.plan import GraphKind, Plan
 from tiltscope.engine.sampler.state import SlotState, admit
 from tiltscope.engine.samples import Samples, join

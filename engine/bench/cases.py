@@ -31,9 +31,9 @@ from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import ConfigError, RunnerError
 from tiltscope.engine.feature.poolings import pooling_tensors
 from tiltscope.engine.feature.readout import Readout, pool, read
+from tiltscope.engine.prepare import prepare
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime.step import Step, StepOutput, TorchStep
-from tiltscope.engine.sample import prepare
 from tiltscope.engine.sampler.noise import STREAM_START, STREAM_STEP, seed_key
 from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.engine.tilt.worlds import GaussianWorld

@@ -9,7 +9,7 @@ from tiltscope.engine.batching.engine import Engine
 from tiltscope.engine.bench.line import Line, Options
 from tiltscope.engine.bench.timing import Timing, interleave
 from tiltscope.engine.config import SampleConfig
-from tiltscope.engine.sample import prepare
+from tiltscope.engine.prepare import prepare
 
 BATCHES = (1, 2, 4, 8, 16)
 ROWS = (5, 10, 20, 40)

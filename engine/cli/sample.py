@@ -32,8 +32,9 @@ def run(arguments: Arguments) -> None:
     quiet = arguments.common.quiet
     with stage("loading torch and the models", quiet=quiet):
         from tiltscope.engine.bundle import load
+        from tiltscope.engine.prepare import calibrated, prepare
         from tiltscope.engine.report.writer import SampleWriter
-        from tiltscope.engine.sample import calibrated, check_any_finite, prepare
+        from tiltscope.engine.run import check_any_finite
 
         bundle = load(arguments.bundle)
         drawing = prepare(bundle.prior, bundle.feature(arguments.feature), arguments.config)

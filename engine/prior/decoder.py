@@ -118,11 +118,12 @@ def _of_unit_variance(config: Any, path: Path) -> tuple[list[float], list[float]
     if mean is None and std is None:
         return [factor], [float(config.shift_factor or 0.0)]
     num = config.latent_channels
-    if not all(isinstance(each, list | tuple) and len(each) == num for each in (mean, std)) or min(std) <= 0:
+    told = [list(each) if isinstance(each, list | tuple) else [] for each in (mean, std)]
+    if any(len(each) != num for each in told) or min(told[1]) <= 0:
         raise BundleError(
             f"{path}: latents_mean {mean!r} and latents_std {std!r} must both hold {num} numbers, the latter positive"
         )
-    return [factor / each for each in std], [float(each) for each in mean]
+    return [factor / each for each in told[1]], [float(each) for each in told[0]]
 
 
 def _renamed(name: str) -> str:

@@ -175,7 +175,7 @@ class TestOut:
             raise AssertionError("drawn before the folder was looked at")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tiltscope.engine.sample.Run.draw", draw)
+            patch.setattr("tiltscope.engine.run.Run.draw", draw)
             done = self.call(cli, command, tiny_bundle, out)
         return one_line(done.err)
 

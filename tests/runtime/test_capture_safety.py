@@ -13,10 +13,10 @@ import torch
 import tiltscope
 from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import RunnerError
+from tiltscope.engine.prepare import prepare
 from tiltscope.engine.prior.network import NetworkDenoiser
 from tiltscope.engine.runtime.capture_safety import check_capture
 from tiltscope.engine.runtime.step import TorchStep
-from tiltscope.engine.sample import prepare
 from tiltscope.engine.sampler.lifts import LIFTS
 from tiltscope.engine.sampler.replay import StaticSlots, step_into
 from tiltscope.engine.sampler.solvers import SOLVERS

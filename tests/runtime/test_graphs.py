@@ -12,8 +12,8 @@ import torch
 import tiltscope
 from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import ConfigError, RunnerError
+from tiltscope.engine.prepare import prepare
 from tiltscope.engine.runtime.graphs import TRIALS, CudaGraphs, GraphRunner, StandInGraphs, enqueue
-from tiltscope.engine.sample import prepare
 from tiltscope.engine.sampler.replay import GraphedTicks, StaticSlots
 from tiltscope.engine.sampler.state import admit
 from tiltscope.engine.sampler.tick import tick

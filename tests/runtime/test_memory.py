@@ -125,7 +125,7 @@ def test_a_request_refuses_instead_of_dying_and_a_chunk_is_another_run(bundle, m
     assert chunked.manifest["memory"]["chunk"] == 1
     assert chunked.manifest["memory"]["row_mib"] < whole.manifest["memory"]["row_mib"]
     assert chunked.manifest["identity"] != whole.manifest["identity"]
-    monkeypatch.setattr("tiltscope.engine.sample.available_mib", lambda: 0.5)
+    monkeypatch.setattr("tiltscope.engine.prepare.available_mib", lambda: 0.5)
     with pytest.raises(RunnerError, match="MiB are free here"):
         tiltscope.sample(bundle.prior, feature, **settings)
     assert tiltscope.sample(bundle.prior, feature, **(settings | {"lam": 0.0})).ok.all()  # takes no gradient
