@@ -4,16 +4,19 @@
     100 rows           the same scale times ten
     per sample         no clipping, no mean over the batch: every picture is pushed by its own activation
     tilt               the push of a constant lambda in place of a constant scale                            (preset calibrated)
-    25 rows            a quarter of the rows                                                                  (preset fast)
+    25 rows            a quarter of the rows
+    fast               ten rows, half of them where layout and colour are settled (grid linear_beta)          (preset fast)
 
-Each row's strength is found by dual ascent on its own draws, the first one's from the second's and then by secant steps. The
-gate: a row is timed only where the mean activation of its pictures is the target's within 5 % or two standard errors. Buckets of
-all rows are drawn in turn, so that a drifting machine moves all of them. Appends a line to results/ablation.jsonl, and prints
-the table of docs/method.md.
+Each row's strength is found by dual ascent on its own draws, the first one's from the second's and then by secant steps; with
+--former from the strengths of that file's last line, by secant steps alone. Memory is that of a guided row, as foreseen
+(benchmarks/memory.py holds that to what is measured). The gate: a row is timed only where the mean activation of its pictures is
+the target's within 5 % or two standard errors. Buckets of all rows are drawn in turn, so that a drifting machine moves all of
+them. Appends a line to results/ablation.jsonl, and prints the table of docs/decisions.md.
 
     python benchmarks/ablation.py [--feature blocks.5:sae:1169] [--num 32]
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -45,7 +48,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "100 rows": PUBLISHED | {"steps": 100},
     "per sample": PUBLISHED | PER_SAMPLE | {"steps": 100},
     "tilt": {"preset": "calibrated"},
-    "25 rows": {"preset": "fast"},
+    "25 rows": {"preset": "calibrated", "steps": 25},
+    "fast": {"preset": "fast"},
 }
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 
@@ -57,6 +61,8 @@ class Config:
     """pictures of each row"""
     calibration_num: int = 64
     """draws that find each row's strength"""
+    former: Path | None = None
+    """a results file: the strengths of its last line, where every row starts"""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,12 @@ def stages(bundle: tiltscope.Bundle, config: Config) -> Iterator[Stage]:
             bundle, config.feature, ExplainConfig(**settings, **wanted, calibration_num=config.calibration_num)
         )
 
+    if config.former is not None:
+        rows = json.loads(config.former.read_text().splitlines()[-1])["rows"]
+        for name, settings in STAGES.items():
+            inquiry = asked(settings)
+            yield Stage(name, inquiry, replace(inquiry.run, lam=float(rows.get(name, rows["25 rows"])["lam"])))
+        return
     found: dict[str, Stage] = {}
     for name, settings in list(STAGES.items())[1:]:
         inquiry = asked(settings)
@@ -169,20 +181,22 @@ def table_row(stage: Stage, samples: Samples, seconds: list[float]) -> dict[str,
         "naturalness_se": metrics["naturalness_se"],
         "diversity": metrics["diversity"],
         "nfe": int(samples.nfe.max()),
+        "memory_mib": None if stage.run.memory is None else stage.run.memory.row_mib,
         "seconds": sorted(seconds)[len(seconds) // 2] / BUCKET,
     }
 
 
 def print_table(rows: dict[str, dict[str, Any]]) -> None:
     slowest = max(row["seconds"] for row in rows.values())
-    print("| | strength | activation | naturalness | diversity | NFE | s a picture | times faster |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| | strength | activation | naturalness | diversity | NFE | MiB a row | s a picture | times faster |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         reached = (
             f"{row['activation_mean']:.2f} ± {row['activation_se']:.2f}{'' if row['matched'] else ' (not matched)'}"
         )
         natural = f"{row['naturalness']:.2f} ± {row['naturalness_se']:.2f}"
-        cost = f"{row['nfe']} | {row['seconds']:.2f} | {slowest / row['seconds']:.1f}"
+        memory = "-" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
+        cost = f"{row['nfe']} | {memory} | {row['seconds']:.2f} | {slowest / row['seconds']:.1f}"
         print(f"| {name} | {row['lam']:.3g} | {reached} | {natural} | {row['diversity']:.2f} | {cost} |")
 
 
