@@ -1,8 +1,9 @@
 """A lane: samples that can share a network call, and the choice of which of them do in the next tick.
 
 Two samples share a lane where one step serves both: the same trunk and hook (or the same custom feature), as many summed rows,
-the same lift and number of particles. A tick advances samples whose next rows need the same graph, so that no graph runs for a
-part of a batch. The batch stays together while it can: states are copied only where its membership changes.
+the same lift and number of particles. A tick advances samples whose next rows need the same graph, or take the same bits from it,
+so that no graph runs for a part of a batch. The batch stays together while it can: states are copied only where its membership
+changes.
 """
 
 from collections import deque
@@ -15,8 +16,9 @@ from tiltscope.engine.batching.request import Request, Sample
 from tiltscope.engine.batching.slots import padded, take
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.run import Run
+from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.engine.sampler.state import HostRows, SlotState
-from tiltscope.engine.sampler.tick import tick
+from tiltscope.engine.sampler.tick import one_graph_serves_both, tick
 from tiltscope.kernels.dispatch import count_calls
 
 # A graph that samples wait for runs after so many ticks of the others at the latest.
@@ -53,6 +55,7 @@ class Lane:
         self.live: list[Sample] = []
         self.batch: Batch | None = None
         self.last_size = 0
+        self._one_graph = one_graph_serves_both(run.programme)
         self._passed: dict[int, int] = {}
 
     @property
@@ -112,6 +115,10 @@ class Lane:
         by_kind: dict[int, list[Sample]] = {}
         for sample in self.live:
             by_kind.setdefault(sample.kind, []).append(sample)
+        few = 0 < len(by_kind.get(GraphKind.UNGUIDED, ())) < self.capacity
+        if few and GraphKind.GUIDED in by_kind and self._one_graph:
+            # A first row, of noise alone, is unguided: too few of them for a batch of their own ride in the guided one.
+            by_kind = {GraphKind.GUIDED: self.live}
         self._passed = {kind: self._passed.get(kind, 0) + 1 for kind in by_kind}
         overdue = [kind for kind in by_kind if self._passed[kind] > PATIENCE]
         kind = max(overdue or by_kind, key=lambda k: (min(len(by_kind[k]), self.capacity), self._passed[k]))

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tiltscope.engine.errors import RunnerError
 
 SUFFIX = ".pt2"
+MODEL = "model"  # aoti_compile_and_package's name for the one program in a file
 
 
 class CompiledGraphs:
@@ -29,13 +31,15 @@ class CompiledGraphs:
 
 
 def open_graph(path: Path) -> Callable[..., Sequence[Tensor]]:
-    """The program in a .pt2 file. Raises RunnerError where this torch or this processor cannot load it."""
-    from torch._inductor import aoti_load_package  # imports the compiler's package: not for those who do not ask for it
+    """The program in a .pt2 file. Raises RunnerError where this torch or this processor cannot load it.
 
+    By torch's own loader, as `aoti_load_package` calls it after a look at the processor. That look loads a probe for every vector
+    width, in a process each: a second and more, for what the artefact's key has said already.
+    """
     try:
-        loaded: Any = aoti_load_package(str(path))
+        loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), MODEL, False, 1, -1)  # pyright: ignore
     except (RuntimeError, OSError) as error:
         raise RunnerError(
             f"runner compile: {path} cannot be loaded here ({error}); remove its folder and run again"
         ) from error
-    return loaded
+    return lambda *inputs: loader.boxed_run(list(inputs))

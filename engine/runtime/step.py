@@ -69,6 +69,14 @@ class TorchStep:
     name: str = "torch"
     kernels: Implementation = "reference"
 
+    @property
+    def guided_tells_unguided(self) -> bool:
+        """Whether D of `guided` is D of `unguided` bit for bit: the same eager operators, of a network that this engine loaded.
+
+        A function of one's own may go another way where a gradient is wanted; an exported graph is fused in another way.
+        """
+        return self.prior.network is not None
+
     def denoise(self, x: Float[Tensor, "batch ..."], sigma: Float64[Tensor, "batch"]) -> Float[Tensor, "batch ..."]:
         """D, as every method here computes it."""
         return self.prior.denoise(x, sigma)

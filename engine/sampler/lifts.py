@@ -151,8 +151,13 @@ class Dps:
     def couples(self) -> bool:
         return self.batch_mean or self.diversity > 0
 
+    @property
+    def is_one_step(self) -> bool:
+        """Whether a push is the step graph as it is, and its x0_hat D of every slot, tilted or not."""
+        return not self.clip and not self.diversity
+
     def push(self, step: Step, slots: Slots) -> Push:
-        if not self.clip and not self.diversity:
+        if self.is_one_step:
             x0_hat, activation, drive, grad = step.guided(slots.x, slots.sigma, slots.alpha, slots.readout)
             return Push(x0_hat, activation, drive, grad, self._strength(slots, drive), slots.energy(drive))
         mean, pullback = step.linearise(slots.x, slots.sigma)

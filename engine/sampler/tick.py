@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tiltscope.engine.runtime.step import ListeningStep, heard
+from tiltscope.engine.runtime.step import ListeningStep, TorchStep, heard
 from tiltscope.engine.sampler.learned_noise import add_learned_noise
+from tiltscope.engine.sampler.lifts import Dps
 from tiltscope.engine.sampler.particles import reweigh_after_move, weigh
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.sampler.state import (
@@ -51,9 +52,9 @@ def advance(state: SlotState, programme: Programme, needs: Sequence[Need]) -> tu
 def look(state: SlotState, programme: Programme, needs: Sequence[Need]) -> Sight:
     """The networks on every slot, `programme.bucket` of them a call.
 
-    Each graph kind needed runs once over a whole bucket, and every slot takes the outputs of its own kind: a slot's numbers
-    come from its own inputs in one fixed batch shape, whatever its batch mates are. With particles an unguided row of a tilted
-    slot still reads its feature, for the twist.
+    Each graph kind needed runs once over a whole bucket, and every slot takes the outputs of its own kind, or the same bits from
+    the other (`one_graph_serves_both`): a slot's numbers come from its own inputs in one fixed batch shape, whatever its batch
+    mates are. With particles an unguided row of a tilted slot still reads its feature, for the twist.
     """
     every = guided_of(state, programme)
     size = programme.bucket or len(every)
@@ -67,7 +68,8 @@ def look(state: SlotState, programme: Programme, needs: Sequence[Need]) -> Sight
         step, v = programme.step, slots.x.new_empty(len(slots.x), 0)
         if programme.log_variance is not None:
             step, v = ListeningStep.to(step), torch.zeros_like(slots.x)
-        if need.unguided:
+        together = need.guided and need.unguided and one_graph_serves_both(programme)
+        if need.unguided and not together:
             x0_hat = step.unguided(slots.x, slots.sigma, slots.alpha)
             v = heard(step, v)
             if need.reads:
@@ -75,8 +77,11 @@ def look(state: SlotState, programme: Programme, needs: Sequence[Need]) -> Sight
                 log_twist = slots.energy(drive)
         if need.guided:
             push = programme.lift.push(step, slots)
-            v = torch.where(per_slot(guided, v), heard(step, v), v)
-            x0_hat = torch.where(per_slot(guided, slots.x), push.x0_hat, x0_hat)
+            if together:
+                x0_hat, v = push.x0_hat, heard(step, v)
+            else:
+                v = torch.where(per_slot(guided, v), heard(step, v), v)
+                x0_hat = torch.where(per_slot(guided, slots.x), push.x0_hat, x0_hat)
             activation = torch.where(guided, push.activation, activation)
             drive = torch.where(guided, push.drive, drive)
             log_twist = torch.where(guided, push.log_twist, log_twist)
@@ -85,6 +90,13 @@ def look(state: SlotState, programme: Programme, needs: Sequence[Need]) -> Sight
             log_twist = torch.where(slots.lam == 0, 0.0, log_twist)
         parts.append(Sight(x0_hat, activation, drive, grad, strength, log_twist, guided, v))
     return parts[0] if len(parts) == 1 else Sight(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+def one_graph_serves_both(programme: Programme) -> bool:
+    """Whether unguided slots may take D from the guided graph where that runs for their batch mates: it is theirs bit for bit."""
+    step, lift = programme.step, programme.lift
+    told = isinstance(step, TorchStep) and step.guided_tells_unguided
+    return told and isinstance(lift, Dps) and lift.is_one_step and programme.particles == 1
 
 
 def move(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotState, Observation]:

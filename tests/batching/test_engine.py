@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 import tiltscope
 from tiltscope.engine.batching.engine import Engine
 from tiltscope.engine.errors import BundleError, BusyError, ConfigError, DeadlineError, RunnerError
+from tiltscope.engine.runtime.step import TorchStep
 from tiltscope.engine.tilt.worlds import GaussianWorld
 
 WORLD = GaussianWorld(s=1.3, shape=(3, 4, 4))
@@ -50,6 +52,39 @@ def test_every_request_of_a_mixed_stream_equals_its_solo_run_bit_for_bit(bundle)
     particles = solo(bundle, *MIXED[4])
     torch.testing.assert_close(answers[4].weights, particles.weights, rtol=0, atol=0)
     assert answers[4].manifest["log_z"] == particles.manifest["log_z"]
+
+
+def test_unguided_first_rows_ride_in_the_guided_call_of_their_batch_mates(bundle, monkeypatch):
+    """D of the guided graph is theirs bit for bit, so a request that joins late costs no call of its own."""
+    feature, sizes = "blocks.1:sae:3", {"guided": [], "unguided": []}
+    asked = [{"num": 1, "lam": 0.7, "steps": steps, "seed": steps} for steps in (9, 3, 4)]
+    alone = [solo(bundle, feature, settings) for settings in asked]
+    with Engine(bundle, max_batch=4) as engine:
+        engine.submit(feature, **asked[0]).result(timeout=300)  # whatever is tried once has been
+        all_asked = threading.Event()
+
+        def count(name):
+            real = getattr(TorchStep, name)
+
+            def counted(self, x, *given):
+                sizes[name].append(len(x))
+                all_asked.wait(30)
+                return real(self, x, *given)
+
+            monkeypatch.setattr(TorchStep, name, counted)
+
+        for name in sizes:
+            count(name)
+        tickets = [engine.submit(feature, **asked[0])]
+        while not sizes["unguided"]:
+            time.sleep(0.01)
+        tickets += [engine.submit(feature, **settings) for settings in asked[1:]]
+        all_asked.set()
+        answers = [ticket.result(timeout=300) for ticket in tickets]
+    for answer, expected in zip(answers, alone, strict=True):
+        assert_same(answer, expected)
+    # The first request's first row, alone; its eight others, in which both late ones find room.
+    assert sizes == {"guided": [4] * 8, "unguided": [4]}
 
 
 class Gate:

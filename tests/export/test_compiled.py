@@ -65,9 +65,12 @@ def test_a_program_is_for_any_batch_and_is_never_compiled_again(tmp_path):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-def test_a_machine_without_a_compiler_is_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
-    with pytest.raises(RunnerError, match=r"needs a C\+\+ compiler.*set CXX"):
+def test_a_machine_without_a_compiler_is_told_so(tmp_path):
+    # Not by monkeypatch: undoing that takes the setting away, and the next test's compiler with it.
+    import torch._inductor.config
+
+    nowhere = torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)})
+    with nowhere, pytest.raises(RunnerError, match=r"needs a C\+\+ compiler.*set CXX"):
         compile_graph(Toy(torch.float32), [torch.zeros(2, 5)], tmp_path / "toy.pt2")
 
 
