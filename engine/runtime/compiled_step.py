@@ -42,4 +42,8 @@ def open_graph(path: Path) -> Callable[..., Sequence[Tensor]]:
         raise RunnerError(
             f"runner compile: {path} cannot be loaded here ({error}); remove its folder and run again"
         ) from error
-    return lambda *inputs: loader.boxed_run(list(inputs))
+
+    def run(*inputs: Tensor) -> Sequence[Tensor]:
+        return loader.boxed_run(list(inputs))
+
+    return run
