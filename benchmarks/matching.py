@@ -17,7 +17,7 @@ from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.report import metrics
 
 MATCHED = 0.05
-MAX_TRIES = 8
+MAX_TRIES = 12
 DETAIL_NUM = 256
 
 
