@@ -58,16 +58,16 @@ def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(kind: str, tmp_
 def test_a_kernel_steps_along_the_orthogonal_factor_of_its_gradient() -> None:
     """Muon: every singular value of a convolution's step is about the same, whatever the gradient's are; biases are AdamW's."""
     torch.manual_seed(0)
-    model = nn.Conv2d(4, 6, 3)
+    model = nn.Conv2d(16, 6, 3)
     kernel, bias = model.weight.detach().clone(), model.bias.detach().clone()
     optimiser = MuonAndAdamW(model, lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
     optimiser.zero_grad()
-    (model(torch.randn(2, 4, 8, 8)) * torch.linspace(1, 9, 6)[:, None, None]).square().mean().backward()
+    (model(torch.randn(2, 16, 8, 8)) * torch.linspace(1, 9, 6)[:, None, None]).square().mean().backward()
     optimiser.step()
     values = torch.linalg.svdvals((model.weight.detach() - kernel).flatten(1))
     gradient = torch.linalg.svdvals(model.weight.grad.flatten(1))
     assert values.max() / values.min() < 3 < gradient.max() / gradient.min()
-    torch.testing.assert_close(values.mean(), torch.tensor(0.1 * 0.2 * 36**0.5), rtol=0.3, atol=0.0)
+    torch.testing.assert_close(values.mean(), torch.tensor(0.1 * 0.2 * 144**0.5), rtol=0.3, atol=0.0)
     torch.testing.assert_close((model.bias.detach() - bias).abs(), torch.full((6,), 0.1), rtol=1e-3, atol=0.0)
 
 
