@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -69,6 +70,15 @@ def test_version(cli) -> None:
     assert cli("--version")[:2] == (0, f"tiltscope {__version__}\n")
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """A shell starts a background job with interrupts ignored; here they are Python's own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_waits_for_the_block_and_then_comes() -> None:
     reached = []
 
@@ -83,6 +93,7 @@ def test_an_interrupt_waits_for_the_block_and_then_comes() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_without_an_interrupt_nothing_is_raised() -> None:
     with interrupts_wait():
         pass
