@@ -88,7 +88,7 @@ def stages(bundle: tiltscope.Bundle, config: Config) -> Iterator[Stage]:
         rows = json.loads(config.former.read_text().splitlines()[-1])["rows"]
         for name, settings in STAGES.items():
             inquiry = asked(settings)
-            yield Stage(name, inquiry, replace(inquiry.run, lam=float(rows.get(name, rows["25 rows"])["lam"])))
+            yield Stage(name, inquiry, replace(inquiry.run, lam=float(rows[name]["lam"])))
         return
     found: dict[str, Stage] = {}
     for name, settings in list(STAGES.items())[1:]:

@@ -22,6 +22,7 @@ from tiltscope.engine.feature.trunk import FILES as TRUNK_FILES
 from tiltscope.engine.files import read_json
 from tiltscope.engine.prior.decoder import FILES as DECODER_FILES
 from tiltscope.engine.prior.decoder import KINDS as DECODERS
+from tiltscope.engine.prior.load import EDM_NETWORKS
 from tiltscope.engine.prior.load import FILES as PRIOR_FILES
 from tiltscope.engine.prior.prompted import PROMPT, check_config
 
@@ -30,10 +31,7 @@ PRIOR_KINDS = {
     "UNet2DModel": "diffusers_unet2d",
     "DiTTransformer2DModel": "diffusers_dit",
     "UNet2DConditionModel": "diffusers_unet2d_condition",
-    "SongUNet": "edm",
-    "DhariwalUNet": "edm",
-    "EDM2UNet": "edm",
-}
+} | dict.fromkeys(EDM_NETWORKS, "edm")
 # Where a diffusers pipeline keeps its network.
 _NETWORKS = ("unet", "transformer")
 

@@ -126,11 +126,8 @@ def _write_trunk(tensors: Mapping[str, Tensor], out: Path, release: str) -> str:
 def _write_adm(tensors: Mapping[str, Tensor], out: Path, settings: ConvertSettings) -> str:
     converted, config = convert_adm(tensors, image_size=settings.image_size, head_channels=settings.head_channels)
     learned = config["out_channels"] == 2 * config["in_channels"]
-    out.mkdir(parents=True, exist_ok=True)
-    _save(converted, out / "diffusion_pytorch_model.safetensors")
     variance = {"variance_type": "learned_range" if learned else "fixed_small"}
-    _json(out / "scheduler_config.json", ADM_SCHEDULER | variance)
-    _json(out / "config.json", config)
+    _prior_folder(out, converted, config, ADM_SCHEDULER | variance)
     size = sum(each.numel() for each in converted.values())
     return f"UNet2DModel, {size:,} numbers, {len(config['block_out_channels'])} levels"
 
@@ -138,22 +135,15 @@ def _write_adm(tensors: Mapping[str, Tensor], out: Path, settings: ConvertSettin
 def _write_dit(tensors: Mapping[str, Tensor], out: Path, flow: bool) -> str:
     converted, config = convert_dit(tensors, flow=flow)
     learned = config["out_channels"] == 2 * config["in_channels"]
-    out.mkdir(parents=True, exist_ok=True)
-    _save(converted, out / "diffusion_pytorch_model.safetensors")
     variance = {"variance_type": "learned_range" if learned else "fixed_small", "clip_sample": False}
-    scheduler = SIT_SCHEDULER if flow else ADM_SCHEDULER | variance
-    _json(out / "scheduler_config.json", scheduler)
-    _json(out / "config.json", config)
+    _prior_folder(out, converted, config, SIT_SCHEDULER if flow else ADM_SCHEDULER | variance)
     what = "flow" if flow else "epsilon"
     return f"DiTTransformer2DModel, {config['num_layers']} blocks, latents of {config['in_channels']} channels, {what}"
 
 
 def _write_edm(tensors: Mapping[str, Tensor], out: Path, settings: ConvertSettings) -> str:
     converted, config = convert_edm(tensors, head_channels=settings.head_channels)
-    out.mkdir(parents=True, exist_ok=True)
-    _save(converted, out / "diffusion_pytorch_model.safetensors")
-    _json(out / "scheduler_config.json", EDM_SCHEDULER)
-    _json(out / "config.json", config)
+    _prior_folder(out, converted, config, EDM_SCHEDULER)
     size, side = sum(each.numel() for each in converted.values()), config["sample_size"]
     return f"{config['_class_name']}, {size:,} numbers, {config['in_channels']} channels of {side}x{side}"
 
@@ -172,6 +162,16 @@ def _write_sae(read: Read, out: Path, settings: ConvertSettings) -> str:
     config = {"kind": read.kind, "num_latents": read.sae.num_latents, "width": read.sae.weight.shape[1]}
     _json(out / "config.json", config | ({"hook": hook} if hook else {}))
     return f"an autoencoder of {read.sae.num_latents:,} latents ({read.kind})"
+
+
+def _prior_folder(
+    out: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], scheduler: Mapping[str, Any]
+) -> None:
+    """What engine/prior/load.py reads; the configuration last, so that a folder that has one is whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    _save(tensors, out / "diffusion_pytorch_model.safetensors")
+    _json(out / "scheduler_config.json", scheduler)
+    _json(out / "config.json", config)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -20,6 +20,8 @@ from tiltscope.engine.weights import assign_weights
 
 CONFIG, WEIGHTS, SCHEDULER = "config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"
 FILES = (CONFIG, WEIGHTS, SCHEDULER)
+# config.json's _class_name -> what is built, of kind `edm`.
+EDM_NETWORKS: dict[str, Any] = dict.fromkeys(FAMILIES, EDMUNet) | {"EDM2UNet": EDM2UNet}
 
 
 def load_denoiser(
@@ -105,11 +107,7 @@ def load_dit(folder: Path, config: Mapping[str, Any], shape: tuple[int, ...]) ->
     """diffusers' DiTTransformer2DModel with the null class: DiT, and transformers of the same form trained as flows (SiT)."""
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-    side = config.get("sample_size", 32)
-    if shape[1:] != (side, side):
-        raise BundleError(
-            f"{folder / CONFIG}: sample_size is {side!r}, but samples of the bundle are {list(shape[1:])}"
-        )
+    _check_side(config.get("sample_size", 32), shape, folder)
     ours = {"time_embedding_shift"}
     transformer: Any = _built(
         DiTTransformer2DModel, folder, {name: value for name, value in config.items() if name not in ours}
@@ -139,17 +137,20 @@ def load_unet2d_condition(folder: Path, config: Mapping[str, Any], shape: tuple[
 
 def load_edm(folder: Path, config: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module:
     """A network of EDM or EDM2, as `tiltscope convert` writes it (edm.py, edm2.py). Raises BundleError."""
-    side, name = config.get("sample_size"), config.get("_class_name")
+    name: Any = config.get("_class_name")
+    _check_side(config.get("sample_size"), shape, folder)
+    if name not in EDM_NETWORKS:
+        raise BundleError(f"{folder / CONFIG}: {name!r} is not known; allowed: {', '.join(EDM_NETWORKS)}")
+    network = _built(EDM_NETWORKS[name], folder, config, name=name)
+    assign_weights(network, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    return network
+
+
+def _check_side(side: Any, shape: tuple[int, ...], folder: Path) -> None:
     if shape[1:] != (side, side):
         raise BundleError(
             f"{folder / CONFIG}: sample_size is {side!r}, but samples of the bundle are {list(shape[1:])}"
         )
-    networks: dict[str, Any] = dict.fromkeys(FAMILIES, EDMUNet) | {"EDM2UNet": EDM2UNet}
-    if name not in networks:
-        raise BundleError(f"{folder / CONFIG}: {name!r} is not known; allowed: {', '.join(networks)}")
-    network = _built(networks[name], folder, config, name=name)
-    assign_weights(network, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
-    return network
 
 
 def _built(kind: Any, folder: Path, config: Mapping[str, Any], *, name: str | None = None) -> Any:
