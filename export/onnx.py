@@ -166,15 +166,12 @@ def write_graphs(prior: Prior, feature: Feature, runner: str, folder: Path) -> N
     }
     if prior.network is not None:  # a function of one's own has no schedule to tell
         network: Any = denoiser.network
-        waves = network.time_proj.waves()
         Schedule(
             shape=tuple(prior.shape),
             rows=rows,
             levels=tuple(denoiser.levels.tolist()),
             prediction=denoiser.prediction,
-            frequencies=tuple(waves.frequencies),
-            phases=tuple(waves.phases),
-            amplitude=waves.scale,
+            **network.time_proj.waves()._asdict(),
             time_scale=denoiser.facts.time_scale,
             sigma_data=denoiser.facts.sigma_data,
         ).write(folder)

@@ -116,7 +116,7 @@ class Fourier(nn.Module):
 
     def waves(self) -> Waves:
         each = (2 * math.pi * self.freqs.double()).tolist()
-        return Waves([*each, *each], [-math.pi / 2] * len(each) + [0.0] * len(each), 1.0)
+        return Waves((*each, *each), (-math.pi / 2,) * len(each) + (0.0,) * len(each), 1.0)
 
 
 class _Convolution(nn.Conv2d):

@@ -77,7 +77,7 @@ class PhasedFourier(Fourier):
         return math.sqrt(2) * phase.cos()
 
     def waves(self) -> Waves:
-        return Waves(self.freqs.double().tolist(), self.phases.double().tolist(), math.sqrt(2))
+        return Waves(tuple(self.freqs.double().tolist()), tuple(self.phases.double().tolist()), math.sqrt(2))
 
 
 class _Block(nn.Module):

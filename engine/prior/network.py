@@ -159,11 +159,11 @@ class Terms(NamedTuple):
 
 
 class Waves(NamedTuple):
-    """A time embedding written as scale cos(t frequency + phase), one frequency and phase a channel: for a plan without torch."""
+    """A time embedding as amplitude cos(t frequency + phase), a frequency and a phase a channel: for a plan without torch."""
 
-    frequencies: list[float]
-    phases: list[float]
-    scale: float
+    frequencies: tuple[float, ...]
+    phases: tuple[float, ...]
+    amplitude: float
 
 
 class TimeEmbedding(nn.Module):
@@ -187,8 +187,8 @@ class TimeEmbedding(nn.Module):
         each, cosine, sine = self.frequencies().tolist(), 0.0, -math.pi / 2
         first, second = (cosine, sine) if self.flip_sin_to_cos else (sine, cosine)
         odd = self.num_channels % 2  # a channel of zeros
-        phases = [first] * len(each) + [second] * len(each) + [math.pi / 2] * odd
-        return Waves([*each, *each, *[0.0] * odd], phases, 1.0)
+        phases = (first,) * len(each) + (second,) * len(each) + (math.pi / 2,) * odd
+        return Waves((*each, *each, *(0.0,) * odd), phases, 1.0)
 
     def forward(self, timesteps: Float[Tensor, "batch"]) -> Float64[Tensor, "batch channels"]:
         frequency = self.frequencies(timesteps.device)

@@ -41,15 +41,12 @@ def test_it_is_the_torch_one(prediction, embedding, tmp_path):
     facts = {"time_scale": 700.0, "sigma_data": 0.6}
     levels = sigma_levels({"beta_schedule": "squaredcos_cap_v2"})
     denoiser = NetworkDenoiser(Network(EMBEDDINGS[embedding]), levels=levels, prediction=prediction, **facts)
-    waves = EMBEDDINGS[embedding].waves()
     schedule = Schedule(
         shape=(3, 8, 8),
         rows=4,
         levels=tuple(levels.tolist()),
         prediction=prediction,
-        frequencies=tuple(waves.frequencies),
-        phases=tuple(waves.phases),
-        amplitude=waves.scale,
+        **EMBEDDINGS[embedding].waves()._asdict(),
         **facts,
     )
     schedule.write(tmp_path)
