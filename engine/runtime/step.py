@@ -73,9 +73,10 @@ class TorchStep:
     def guided_tells_unguided(self) -> bool:
         """Whether D of `guided` is D of `unguided` bit for bit: the same eager operators, of a network that this engine loaded.
 
-        A function of one's own may go another way where a gradient is wanted; an exported graph is fused in another way.
+        Shown on a CPU alone. A function of one's own may go another way where a gradient is wanted; an exported graph is fused
+        in another way.
         """
-        return self.prior.network is not None
+        return self.prior.network is not None and self.prior.network.device.type == "cpu"
 
     def denoise(self, x: Float[Tensor, "batch ..."], sigma: Float64[Tensor, "batch"]) -> Float[Tensor, "batch ..."]:
         """D, as every method here computes it."""

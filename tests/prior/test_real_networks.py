@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import LINEAR, pictures, write_dit, write_unet
+from tiny_models import EDM2, LINEAR, NCSNPP, pictures, write_dit, write_edm, write_unet
 
 from tiltscope.engine.errors import BundleError, ConfigError
 from tiltscope.engine.prior.load import load_denoiser
@@ -280,3 +280,22 @@ def test_a_prior_of_latents_has_no_pictures_of_its_own(dit):
     prior = Prior.from_network(dit[2], shape=LATENT, name="dit", identity="sha256:0")
     assert not prior.pictures
     assert prior.to_images(noise(LATENT)) is None
+
+
+@pytest.mark.parametrize("which", ["adm", "dit", "ncsnpp", "edm2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wanting_a_gradient_changes_no_bit_of_what_is_denoised(which, dtype, request, tmp_path):
+    """So unguided slots may take D from the guided graph of their batch mates (TorchStep.guided_tells_unguided)."""
+    if which in ("adm", "dit"):
+        denoiser = request.getfixturevalue(which)[2]
+    else:
+        write_edm(tmp_path / which, EDM2 if which == "edm2" else NCSNPP)
+        denoiser = load_denoiser(tmp_path / which, kind="edm", shape=LATENT if which == "edm2" else PICTURE)
+    denoiser = denoiser.in_dtype(dtype)
+    x = noise(PICTURE if which in ("adm", "ncsnpp") else LATENT, num=5).to(dtype)
+    sigma = torch.tensor([0.05, 0.4, 0.8, 0.99, 0.99999]).double()
+    with torch.no_grad():
+        plain = denoiser(x, sigma)
+    wanted = denoiser(x.requires_grad_(), sigma)
+    assert wanted.requires_grad
+    assert torch.equal(wanted.detach(), plain)
