@@ -64,8 +64,9 @@ def _load(name: str, path: Path) -> ModuleType:
 sys.path.append(str(ROOT / "tools"))
 
 
-# Tiny networks in the real formats, imported by bare name where they are compared with the libraries that own them.
+# Imported by bare name: tiny networks in the real formats, and plain transcriptions of what no library here owns.
 _load("tiny_models", ROOT / "tests" / "tiny_models.py")
+_load("edm_originals", ROOT / "tests" / "edm_originals.py")
 
 
 @pytest.fixture(scope="session")
