@@ -1,7 +1,8 @@
 """The operations as torch.library ops, `torch.ops.tiltscope.*`: one name each, and the implementation asked for by name.
 
     reference   plain torch (reference.py), any device, float32 and float64
-    native      the guided step's definition bit for bit, on a CPU, by C++ (native.py); of the other ops, the definition
+    native      the guided step's definition bit for bit, on a CPU, by C++ (native.py), and the normals of a start; of the other
+                ops, the definition
     compiled    the same through torch.compile, which fuses it; needs a C++ compiler on a CPU, and half a minute a shape
     triton      one kernel (the file of the op's name): a CUDA device, or the CPU under TRITON_INTERPRET=1; float32 state
 
@@ -14,6 +15,7 @@ CPU). On a device a row past its plan reads no memory outside the table, and its
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -40,17 +42,18 @@ __all__ = [
     "Implementation",
     "count_calls",
     "guided_step",
+    "normal",
     "require_implementation",
     "resample",
 ]
 
 _COLUMNS = 11
 _PICTURES = StepInputs._fields[:4]
-# Arguments of one number a slot, by their dtype; None: the state's.
-_PER_SLOT: dict[tuple[str, ...], torch.dtype | None] = {
-    ("plan", "row", "index", "particle"): torch.int64,
-    ("ok", "guided"): torch.bool,
-    ("drive", "strength"): None,
+# Arguments of one number a slot, and their dtype; None: the state's.
+_PER_SLOT: dict[str, torch.dtype | None] = {
+    **dict.fromkeys(("plan", "row", "index", "particle"), torch.int64),
+    **dict.fromkeys(("ok", "guided"), torch.bool),
+    **dict.fromkeys(("drive", "strength"), None),
 }
 MAX_PARTICLES = 4096  # of a group, with kernels 'triton': one program holds them all
 
@@ -94,7 +97,7 @@ def _check_guided_step(inputs: StepInputs) -> None:
     x, table, dtype, device = inputs.x, inputs.table, inputs.x.dtype, inputs.x.device
     require(dtype in STATE_DTYPES, "x", dtype, " or ".join(map(str, STATE_DTYPES)))
     require(x.dim() >= 2 and x.numel() > 0, "x", f"shape {list(x.shape)}", "[batch, ...] with at least one element")
-    batch = x.shape[0]
+    batch = x.shape[:1]
     require_like("history", inputs.history, x.shape, [dtype], device)
     require_like("x0_hat", inputs.x0_hat, x.shape, [dtype, *NETWORK_DTYPES], device)
     require_like("grad_a", inputs.grad_a, x.shape, [inputs.x0_hat.dtype], device)
@@ -102,10 +105,9 @@ def _check_guided_step(inputs: StepInputs) -> None:
     require_like("table", table, (*table.shape[:2], _COLUMNS), [dtype], device)
     require(table.numel() > 0, "table", f"shape {list(table.shape)}", "at least one plan of at least one row")
     require_like("num_rows", inputs.num_rows, table.shape[:1], [torch.int64], device)
-    require_like("key", inputs.key, (batch, 2), [torch.int64], device)
-    for names, of in _PER_SLOT.items():
-        for name in names:
-            require_like(name, getattr(inputs, name), (batch,), [of or dtype], device)
+    require_like("key", inputs.key, (*batch, 2), [torch.int64], device)
+    for name, of in _PER_SLOT.items():
+        require_like(name, getattr(inputs, name), batch, [of or dtype], device)
 
 
 def _check_rows(table: Tensor, num_rows: Tensor, plan: Tensor, row: Tensor) -> None:
@@ -144,8 +146,9 @@ def _run_guided_step(*given: Any) -> tuple[Tensor, ...]:
         else:
             run = compiled(reference.guided_step) if implementation == "compiled" else reference.guided_step
         made = run(inputs)
-        like = torch.empty_like(inputs.x)
-        made = made._replace(x=_laid_out(made.x, like), history=_laid_out(made.history, like))
+        if not (inputs.x.is_contiguous() and made.x.is_contiguous() and made.history.is_contiguous()):
+            like = torch.empty_like(inputs.x)
+            made = made._replace(x=_laid_out(made.x, like), history=_laid_out(made.history, like))
     count_call("guided_step", implementation)
     return tuple(made)
 
@@ -153,6 +156,25 @@ def _run_guided_step(*given: Any) -> tuple[Tensor, ...]:
 def _laid_out(made: Tensor, like: Tensor) -> Tensor:
     """`made` in the memory layout of `like`; itself where it is so already."""
     return made if made.stride() == like.stride() else torch.empty_like(like).copy_(made)
+
+
+def normal(
+    key: Int[Tensor, "batch 2"],
+    index: Int[Tensor, "batch"],
+    row: Int[Tensor, "batch"],
+    particle: Int[Tensor, "batch"],
+    *,
+    stream: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    implementation: Implementation = "reference",
+) -> Tensor:
+    """philox.normal by the implementation asked for: native has one of its own, of the same bits; the others, the definition."""
+    if implementation == "native":
+        from tiltscope.kernels.native import normal as run
+    else:
+        from tiltscope.kernels.philox import normal as run
+    return run(key, index, row, particle, stream=stream, shape=shape, dtype=dtype)
 
 
 # The op's arguments are flat, as torch.library wants them: the fields of one record, the results those of another.

@@ -112,5 +112,5 @@ def require_like(
         require(False, argument, f"a tensor on {given.device}", f"{device}, where x is")
     if given.dtype not in dtypes:
         require(False, argument, given.dtype, " or ".join(map(str, dtypes)))
-    if given.shape != tuple(shape):
+    if given.shape != shape and given.shape != tuple(shape):
         require(False, argument, f"shape {list(given.shape)}", f"{list(shape)}")

@@ -15,12 +15,15 @@ import hashlib
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from tiltscope.kernels import reference
@@ -43,30 +46,83 @@ class _Passes(NamedTuple):
     step: Callable[..., None]
 
 
+class _Room(NamedTuple):
+    """Memory for what does not outlive a call, and its addresses: radius and angle stand where u and 2 pi u stood."""
+
+    of: tuple[tuple[int, ...], torch.dtype]
+    radius: Tensor
+    cosine: Tensor
+    sine: Tensor
+    statistics: tuple[Tensor, ...]
+    drawn: list[int]
+    summed: list[int]
+
+
+# A thread keeps the last one it used: fresh memory of this size is the system's, which clears it page by page.
+_kept = threading.local()
+
+
 def guided_step(inputs: StepInputs) -> GuidedStep:
     """reference.guided_step of checked arguments on the CPU (dispatch.py); grad_a in C order, and so x' and H'.
 
     Raises RunnerError where the library cannot be made.
     """
     x, x0_hat, grad_a, history, table, num_rows, plan, row, ok, drive, strength, guided, key, index, particle = inputs
-    uniforms, step = library()[x.dtype]
     pictures = [each.to(x.dtype).contiguous() for each in (x, x0_hat, grad_a, history)]
-    batch, n = x.shape[0], pictures[0][0].numel()
-    blocks = -(-n // 4)
-    slots = [each.contiguous() for each in (num_rows, plan, row, ok, drive, strength, guided)]
-    key, index, particle, table = (each.contiguous() for each in (key, index, particle, table))
-    draws = x.new_empty(2, batch, blocks, 2)
-    u, angle = draws[0], draws[1]
-    uniforms(batch, blocks, _STREAM_STEP, *_pointers(key, index, slots[2], particle, u, angle))
-    radius = u.log_().mul_(-2).sqrt_()
-    cosine = angle.cos()
-    angle.sin_()
-    made = [torch.empty_like(pictures[0]) for _ in range(5)]
-    row_out, ok_out = torch.empty_like(slots[2]), torch.empty_like(slots[3])
-    given = _pointers(radius, cosine, angle, *pictures, table, *slots)
-    step(batch, n, table.shape[1], *given, *_pointers(*made[:2], row_out, ok_out, *made[2:]))
+    slots = [each.contiguous() for each in (table, num_rows, plan, row, ok, drive, strength, guided)]
+    room = _draws(key, index, row, particle, _STREAM_STEP, tuple(x.shape), x.dtype)
+    x_out, history_out = torch.empty_like(pictures[0]), torch.empty_like(pictures[0])
+    row_out, ok_out = torch.empty_like(slots[3]), torch.empty_like(slots[4])
+    library()[x.dtype].step(
+        len(x),
+        pictures[0][0].numel(),
+        table.shape[1],
+        *room.drawn,
+        *_pointers(*pictures, *slots, x_out, history_out, row_out, ok_out),
+        *room.summed,
+    )
     over = tuple(range(1, x.dim()))
-    return GuidedStep(made[0], made[1], row_out, ok_out, *(each.sum(over) for each in made[2:]))
+    return GuidedStep(x_out, history_out, row_out, ok_out, *(each.sum(over) for each in room.statistics))
+
+
+def normal(
+    key: Int[Tensor, "batch 2"],
+    index: Int[Tensor, "batch"],
+    row: Int[Tensor, "batch"],
+    particle: Int[Tensor, "batch"],
+    *,
+    stream: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """philox.normal, bit for bit. Raises RunnerError where the library cannot be made."""
+    room = _draws(key, index, row, particle, stream, (len(index), *shape), dtype)
+    z = torch.stack((room.radius * room.cosine, room.radius * room.sine), dim=-1)
+    return z.flatten(1)[:, : prod(shape)].reshape(-1, *shape)
+
+
+def _draws(
+    key: Tensor, index: Tensor, row: Tensor, particle: Tensor, stream: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> _Room:
+    """Radius, cosine and sine of every normal of `shape` [batch, ...], until this thread's next call."""
+    room = getattr(_kept, "room", None)
+    if room is None or room.of != (shape, dtype):
+        room = _kept.room = _make_room(shape, dtype)
+    words = [each.contiguous() for each in (key, index, row, particle)]
+    u, cosine, angle = room.drawn
+    library()[dtype].uniforms(shape[0], room.radius.shape[1], stream, *_pointers(*words), u, angle)
+    room.radius.log_().mul_(-2).sqrt_()
+    torch.cos(room.sine, out=room.cosine)
+    room.sine.sin_()
+    return room
+
+
+def _make_room(shape: tuple[int, ...], dtype: torch.dtype) -> _Room:
+    blocks = -(-prod(shape[1:]) // 4)
+    with torch.inference_mode(False):  # a tensor of that mode could not be written to outside it
+        drawn = [torch.empty(shape[0], blocks, 2, dtype=dtype) for _ in range(3)]
+        statistics = tuple(torch.empty(shape, dtype=dtype) for _ in range(3))
+    return _Room((shape, dtype), *drawn, statistics, _pointers(*drawn), _pointers(*statistics))
 
 
 def _pointers(*tensors: Tensor) -> list[int]:

@@ -23,11 +23,12 @@ from tiltscope.engine.sampler.plan import GraphKind, Plan
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.tilt.log_tilt import LogTilt
 from tiltscope.kernels.implementation import Implementation
-from tiltscope.kernels.philox import normal
+from tiltscope.kernels.dispatch import normal
 
 CPU = torch.device("cpu")
 EVERY = slice(None)
 _SIGMA, _ALPHA = COLUMNS.index("sigma"), COLUMNS.index("alpha")
+_UNGUIDED, _GUIDED = int(GraphKind.UNGUIDED), int(GraphKind.GUIDED)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ class SlotState:
     lineage: Int[Tensor, "batch"]
     ok: Bool[Tensor, "batch"]
     host: HostRows
+
+    def advanced(self, **changed: Any) -> "SlotState":
+        """replace(self, **changed), in a fifth of its time: it stands in every tick."""
+        after = object.__new__(SlotState)
+        after.__dict__.update(self.__dict__, **changed)
+        return after
 
     def to(self, device: torch.device) -> "SlotState":
         """The same slots there; themselves where they are there already."""
@@ -185,7 +192,7 @@ class Programme:
         kinds = self.kind_table[host.plan, host.row]
         if self.lift.moves_x0:
             return kinds
-        return np.where((kinds >= 0) & ~host.tilted, np.int8(GraphKind.UNGUIDED), kinds)
+        return np.where((kinds >= 0) & ~host.tilted, np.int8(_UNGUIDED), kinds)
 
     def ahead(self, host: HostRows) -> tuple[tuple[Need, ...], HostRows]:
         """What the next tick runs, one a network call, and the host's mirror after it."""
@@ -195,11 +202,11 @@ class Programme:
         return needs, HostRows(plan=host.plan, row=host.row + (kinds >= 0), tilted=tilted)
 
     def _need(self, kinds: NDArray[np.int8], tilted: NDArray[np.bool_]) -> Need:
-        unguided = kinds == GraphKind.UNGUIDED
+        there = kinds.tolist()  # of few slots: sooner than numpy
         return Need(
-            unguided=bool(unguided.any()),
-            guided=bool((kinds == GraphKind.GUIDED).any()),
-            reads=self.particles > 1 and bool((unguided & tilted).any()),
+            unguided=_UNGUIDED in there,
+            guided=_GUIDED in there,
+            reads=self.particles > 1 and bool(((kinds == _UNGUIDED) & tilted).any()),
         )
 
 
@@ -266,7 +273,16 @@ def admit(
     zeros = torch.zeros(bucket, dtype=torch.int64, device=programme.device)
     zero = torch.zeros(bucket, dtype=programme.dtype, device=programme.device)
     key = placed(np.array([seed_key(seed)], np.int64)).expand(bucket, 2)
-    x = normal(key, index, zeros, particle, stream=STREAM_START, shape=programme.shape, dtype=programme.dtype)
+    x = normal(
+        key,
+        index,
+        zeros,
+        particle,
+        stream=STREAM_START,
+        shape=programme.shape,
+        dtype=programme.dtype,
+        implementation=programme.kernels,
+    )
     if programme.start is not None:
         sigma, alpha = (float(programme.table[0, 0, at]) for at in (_SIGMA, _ALPHA))
         x = alpha * programme.start + sigma * x

@@ -6,7 +6,6 @@ tests/runtime/test_capture_safety.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ def tick(state: SlotState, programme: Programme) -> tuple[SlotState, Observation
     """Advance every slot by its own row; slots that have done their plan, and slots that failed, stay as they are."""
     needs, host = programme.ahead(state.host)
     after, seen = advance(state, programme, needs)
-    return replace(after, host=host), seen
+    return after.advanced(host=host), seen
 
 
 def advance(state: SlotState, programme: Programme, needs: Sequence[Need]) -> tuple[SlotState, Observation]:
@@ -123,7 +122,7 @@ def move(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotStat
     )
     moved = guided_step(inputs, implementation=asked)
     moved = add_learned_noise(state, moved, sight.v, programme)
-    after = replace(state, x=moved.x, history=moved.history, row=moved.row, ok=moved.ok)
+    after = state.advanced(x=moved.x, history=moved.history, row=moved.row, ok=moved.ok)
     if programme.particles > 1:
         noise = rows_of(state, programme)[:, _NOISE].to(dtype)
         after = reweigh_after_move(after, moved.z_dot_delta, moved.delta_norm_sq, noise)

@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from kernel_cases import guided_case
 
 from tiltscope.engine.errors import RunnerError
-from tiltscope.kernels import dispatch, native, reference
+from tiltscope.engine.sampler.noise import STREAM_START, STREAM_STEP
+from tiltscope.kernels import dispatch, native, philox, reference
 
 SIZES = [(1,), (3,), (17,), (1023,), (3, 37, 5), (3, 64, 64), (4097,)]
 
@@ -68,6 +70,27 @@ case = guided_case(5, (3, 70, 64))
 assert all(torch.equal(*each) for each in zip(native.guided_step(case), reference.guided_step(case)))
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normals_are_the_definitions_bit_for_bit(shape, dtype):
+    case = guided_case(5, shape)
+    for stream in (STREAM_START, STREAM_STEP):
+        words = {"stream": stream, "shape": shape, "dtype": dtype}
+        got = dispatch.normal(case.key, case.index, case.row, case.particle, **words, implementation="native")
+        assert torch.equal(got, philox.normal(case.key, case.index, case.row, case.particle, **words))
+
+
+def test_calls_in_turn_and_on_several_threads_do_not_write_into_each_others_results():
+    cases = [guided_case(2, (3, 64, 64)), guided_case(2, (3, 64, 64))._replace(key=torch.tensor([[3, 4], [5, 6]]))]
+    with torch.inference_mode():
+        native.guided_step(cases[0])
+    wanted = [reference.guided_step(case) for case in cases]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(native.guided_step, cases * 20))
+    for at, got in enumerate([*found, *(native.guided_step(case) for case in cases)]):
+        assert same(got, wanted[at % 2])
 
 
 @pytest.fixture
