@@ -109,7 +109,7 @@ def _draws(
     if room is None or room.of != (shape, dtype):
         room = _kept.room = _make_room(shape, dtype)
     words = [each.contiguous() for each in (key, index, row, particle)]
-    u, cosine, angle = room.drawn
+    u, _, angle = room.drawn
     library()[dtype].uniforms(shape[0], room.radius.shape[1], stream, *_pointers(*words), u, angle)
     room.radius.log_().mul_(-2).sqrt_()
     torch.cos(room.sine, out=room.cosine)

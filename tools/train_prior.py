@@ -73,6 +73,8 @@ class Config:
     gradient_weight: float = 0.25
     flag_share: float = 0.05
     skin_share: float = 0.10
+    moved_share: float = 1.0
+    """of the pictures: shifted, some rescaled; 0 in a last sitting, whose prior is then the pool's own"""
     optimiser: Literal["adamw", "muon"] = "muon"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the network's products; auto: what the machine does faster"""
@@ -106,7 +108,8 @@ class Pictures:
     in expectation.
     """
 
-    def __init__(self, path: Path, flag_share: float, skin_share: float) -> None:
+    def __init__(self, path: Path, *, flag_share: float, skin_share: float, moved_share: float) -> None:
+        self.moved_share = moved_share
         arrays = np.load(path)
         own = ~arrays["fluent_heldout"]
         self.images = torch.from_numpy(arrays["fluent_images"][own])
@@ -121,18 +124,19 @@ class Pictures:
         self.may_flip = torch.tensor([c not in FIXED_HANDEDNESS for c in category])
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
-        """[batch, 3, 64, 64] in [-1, 1]: mirrored (not flags and symbols), moved by whole pixels, and one in four
-        rescaled a little.
+        """[batch, 3, 64, 64] in [-1, 1]: mirrored (not flags and symbols); of `moved_share` of them, all moved by whole
+        pixels and one in four rescaled a little.
         """
         rows = torch.multinomial(self.weight, batch, generator=generator)
         x = to_unit_range(self.images[rows])
         flip = self.may_flip[rows] & (torch.rand(batch, generator=generator) < 0.5)
         x = torch.where(flip[:, None, None, None], x.flip(-1), x)
         # Whole pixels: an interpolated training picture is a blurred one, and the prior would learn the blur.
-        moves = torch.randint(-2, 3, (batch, 2), generator=generator).tolist()
+        moved = torch.rand(batch, generator=generator) < self.moved_share
+        moves = (torch.randint(-2, 3, (batch, 2), generator=generator) * moved[:, None]).tolist()
         x = F.pad(x, (2, 2, 2, 2), value=BACKGROUND)
         x = torch.stack([one[:, 2 + dy : 66 + dy, 2 + dx : 66 + dx] for one, (dy, dx) in zip(x, moves, strict=True)])
-        some = torch.rand(batch, generator=generator) < 0.25
+        some = moved & (torch.rand(batch, generator=generator) < 0.25)
         scale = uniform((batch,), 0.92, 1.15, generator)
         ones, still = torch.ones(batch), torch.zeros(batch, dtype=torch.bool)
         y = warp(
@@ -181,7 +185,12 @@ def train(rank: int, config: Config, precision: str) -> None:
     prepare_machine(threads=1)
     torch.manual_seed(config.seed)
     generator = torch.Generator()
-    pictures = Pictures(config.data, config.flag_share, config.skin_share)
+    pictures = Pictures(
+        config.data,
+        flag_share=config.flag_share,
+        skin_share=config.skin_share,
+        moved_share=config.moved_share,
+    )
     unet = build_unet()
     for module in unet.modules():
         if isinstance(module, Attention):

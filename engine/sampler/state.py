@@ -22,8 +22,8 @@ from tiltscope.engine.sampler.noise import STREAM_START, seed_key
 from tiltscope.engine.sampler.plan import GraphKind, Plan
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.tilt.log_tilt import LogTilt
-from tiltscope.kernels.implementation import Implementation
 from tiltscope.kernels.dispatch import normal
+from tiltscope.kernels.implementation import Implementation
 
 CPU = torch.device("cpu")
 EVERY = slice(None)
