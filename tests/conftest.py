@@ -64,9 +64,10 @@ def _load(name: str, path: Path) -> ModuleType:
 sys.path.append(str(ROOT / "tools"))
 
 
-# Imported by bare name: tiny networks in the real formats, and plain transcriptions of what no library here owns.
+# Imported by bare name: tiny networks in the real formats, plain transcriptions of what no library here owns, samples to write.
 _load("tiny_models", ROOT / "tests" / "tiny_models.py")
 _load("edm_originals", ROOT / "tests" / "edm_originals.py")
+_load("written_samples", ROOT / "tests" / "written_samples.py")
 
 
 @pytest.fixture(scope="session")
