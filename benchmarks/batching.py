@@ -10,8 +10,8 @@ second, because requests differ in length.
     latency      the stream as a Poisson process at shares of the mixed throughput: p50 and p95 from submission to answer
 
 The gate: a request of the stream equals its solo run bit for bit. alike, mixed and one by one are timed in turn, `--repeats`
-times. `--stub` puts a denoiser without cost in the bundle's place, runs 2,000 requests and reports the host's own time a row and
-the growth of memory. Appends a line to results/batching.jsonl.
+times, and after each turn stands the peak of memory. `--stub` puts a denoiser without cost in the bundle's place, runs 2,000
+requests and reports the host's own time a row and the growth of memory. Appends a line to results/batching.jsonl.
 """
 
 import resource
@@ -130,15 +130,22 @@ def check_equal(model: Any, prior: tiltscope.Prior, asked: Sequence[Asked], feat
             raise SystemExit(f"{feature} {settings}: not the solo run's picture; nothing is timed")
 
 
+def peak_mib() -> float:
+    """The most memory this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def run_bundle(config: Config) -> dict[str, Any]:
     bundle = tiltscope.load("emoji64")
     asked = stream(FEATURES, config.num)
     check_equal(bundle, bundle.prior, asked, bundle.feature)
     found: dict[str, list[float]] = {"alike": [], "mixed": [], "one by one": []}
+    peaks: list[float] = []
     for _ in range(config.repeats):
         found["alike"].append(batched(bundle, alike(asked))[0])
         found["mixed"].append(batched(bundle, asked)[0])
         found["one by one"].append(one_by_one(bundle.prior, asked, bundle.feature))
+        peaks.append(peak_mib())
     rate = {name: float(np.median(values)) for name, values in found.items()}
     gain = sharing_gain(bundle.prior, bundle.feature(FEATURES[0]))
     facts = {
@@ -146,8 +153,10 @@ def run_bundle(config: Config) -> dict[str, Any]:
         "mixed_over_alike": rate["mixed"] / rate["alike"],
         "mixed_over_one_by_one": rate["mixed"] / rate["one by one"],
         "batch_gain": gain,
+        "peak_mib": peaks,
         "latency_s": {str(load): latencies(bundle, asked, load * rate["mixed"]) for load in LOADS},
     }
+    print(f"peak memory after each of {config.repeats} turns of {3 * config.num} requests: {peaks} MiB")
     print(f"mixed {rate['mixed']:.2f} sample rows a second: {facts['mixed_over_alike']:.2f} of alike (bar .9)")
     share = facts["mixed_over_one_by_one"] / gain
     print(f"{facts['mixed_over_one_by_one']:.2f} times one by one: {share:.2f} of the gain {gain:.2f} (bar .85)")
@@ -161,12 +170,11 @@ def run_stub() -> dict[str, Any]:
     prior = tiltscope.Prior(lambda x, sigma: x * 0.5, shape=world.shape, name="stub")
     asked = stream([world.feature], 2000)
     batched(prior, asked[:100])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     rate, _ = batched(prior, asked[:1000])
-    middle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    middle = peak_mib()
     batched(prior, asked[1000:])
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    facts = {"us_a_tick": 1e6 * BATCH / rate, "peak_growth_mib": [(middle - before) / 1024, (after - middle) / 1024]}
+    facts = {"us_a_tick": 1e6 * BATCH / rate, "peak_growth_mib": [middle - before, peak_mib() - middle]}
     print(f"{facts['us_a_tick']:.0f} us a tick of {BATCH}; peak memory grew by {facts['peak_growth_mib']} MiB")
     return facts
 

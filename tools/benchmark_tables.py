@@ -114,7 +114,8 @@ def batching() -> Iterator[str]:
     yield table(["stream", "sample rows a second"], [[name, f"{value:.2f}"] for name, value in rate.items()])
     yield (
         f"Mixed over alike {line['mixed_over_alike']:.2f}; over one by one {line['mixed_over_one_by_one']:.2f}, of a gain by "
-        f"sharing of {line['batch_gain']:.2f}."
+        f"sharing of {line['batch_gain']:.2f}. Peak memory after each turn of {3 * line['num']} requests: "
+        f"{', '.join(f'{each:.0f}' for each in line['peak_mib'])} MiB."
     )
     waited = line["latency_s"].items()
     yield table(
