@@ -122,7 +122,8 @@ def _make_room(shape: tuple[int, ...], dtype: torch.dtype) -> _Room:
     with torch.inference_mode(False):  # a tensor of that mode could not be written to outside it
         drawn = [torch.empty(shape[0], blocks, 2, dtype=dtype) for _ in range(3)]
         statistics = tuple(torch.empty(shape, dtype=dtype) for _ in range(3))
-    return _Room((shape, dtype), *drawn, statistics, _pointers(*drawn), _pointers(*statistics))
+    radius, cosine, sine = drawn
+    return _Room((shape, dtype), radius, cosine, sine, statistics, _pointers(*drawn), _pointers(*statistics))
 
 
 def _pointers(*tensors: Tensor) -> list[int]:
