@@ -84,6 +84,11 @@ class ExportedStep:
     dtype: torch.dtype | None = None
     max_batch: int = MAX_BATCH
 
+    @property
+    def has_own_threads(self) -> bool:
+        """Whether its engine computes on threads that are not torch's."""
+        return isinstance(self.call, GraphFiles)
+
     def run(self, graph: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         """One graph, inputs and outputs cast. Raises RunnerError for a batch beyond max_batch."""
         given, dtype = inputs[0].dtype, self.dtype or inputs[0].dtype
@@ -158,8 +163,3 @@ def needed(module: str, runner: str) -> Any:
         raise RunnerError(
             f"runner {runner} needs {module}, which is not installed: pip install 'tiltscope[{extra}]'"
         ) from error
-
-
-def threads() -> int:
-    """As many as torch uses: one setting for every runner."""
-    return torch.get_num_threads()

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tiltscope.engine.errors import RunnerError
-from tiltscope.engine.runtime.exported import Engine, needed, threads
+from tiltscope.engine.runtime.exported import Engine, needed
 from tiltscope.engine.runtime.opened import opened_before
+from tiltscope.engine.runtime.threads import num_threads
 
 PROVIDER = "CPUExecutionProvider"
 # The graph as ONNX Runtime rewrote it for this processor, and its weights, which may be more than one file of its kind can hold.
@@ -38,7 +39,7 @@ def _optimise(path: Path, place: Path) -> None:
 
 def _options() -> Any:
     options: Any = needed("onnxruntime", "onnx").SessionOptions()
-    options.intra_op_num_threads = threads()
+    options.intra_op_num_threads = num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     return options

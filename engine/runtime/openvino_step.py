@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from tiltscope.engine.runtime.exported import Engine, needed, threads
+from tiltscope.engine.runtime.exported import Engine, needed
 from tiltscope.engine.runtime.opened import opened_before
+from tiltscope.engine.runtime.threads import num_threads
 
 _COMPILED = "compiled.blob"
 
@@ -32,7 +33,7 @@ def open_again(path: Path) -> Engine:
 def _settings() -> dict[str, Any]:
     return {
         "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": threads(),
+        "INFERENCE_NUM_THREADS": num_threads(),
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
     }

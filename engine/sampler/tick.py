@@ -6,11 +6,13 @@ tests/runtime/test_capture_safety.py).
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from tiltscope.engine.runtime.step import ListeningStep, TorchStep, heard
+from tiltscope.engine.runtime.threads import one_thread
 from tiltscope.engine.sampler.learned_noise import add_learned_noise
 from tiltscope.engine.sampler.lifts import Dps
 from tiltscope.engine.sampler.particles import reweigh_after_move, weigh
@@ -36,7 +38,8 @@ _NOISE = COLUMNS.index("c")
 def tick(state: SlotState, programme: Programme) -> tuple[SlotState, Observation]:
     """Advance every slot by its own row; slots that have done their plan, and slots that failed, stay as they are."""
     needs, host = programme.ahead(state.host)
-    after, seen = advance(state, programme, needs)
+    with one_thread() if getattr(programme.step, "has_own_threads", False) else nullcontext():
+        after, seen = advance(state, programme, needs)
     return after.advanced(host=host), seen
 
 

@@ -1,0 +1,77 @@
+"""torch keeps to one thread in a tick whose networks have threads of their own, and nothing else notices."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tiltscope
+from tiltscope.engine.config import SampleConfig
+from tiltscope.engine.prepare import prepare
+from tiltscope.engine.prior.prior import Prior
+from tiltscope.engine.runtime import threads
+from tiltscope.engine.runtime.exported import ExportedStep, GraphFiles
+from tiltscope.engine.runtime.threads import num_threads, one_thread
+from tiltscope.engine.tilt.worlds import GaussianWorld
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def seen_by_a_new_thread() -> int:
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return seen[0]
+
+
+def test_torch_is_on_one_thread_inside_and_an_engine_opened_there_is_not(three_threads):
+    with one_thread():
+        assert torch.get_num_threads() == 1
+        assert num_threads() == 3
+        with one_thread():
+            assert num_threads() == 3
+        assert torch.get_num_threads() == 1
+        assert seen_by_a_new_thread() == 3
+    assert torch.get_num_threads() == num_threads() == 3
+
+
+def test_an_error_inside_gives_the_threads_back(three_threads):
+    with pytest.raises(ZeroDivisionError), one_thread():
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == num_threads() == 3
+
+
+def test_without_openmp_nothing_changes(three_threads, monkeypatch):
+    monkeypatch.setattr(threads, "_openmp", lambda: None)
+    with one_thread():
+        assert torch.get_num_threads() == num_threads() == 3
+
+
+@pytest.mark.parametrize(("own", "expected"), [(True, 1), (False, 3)])
+def test_a_tick_runs_so_where_the_step_says_its_engine_has_own_threads(three_threads, monkeypatch, own, expected):
+    world, inside = GaussianWorld(s=1.3, shape=(2,)), []
+
+    def denoise(x, sigma):
+        inside.append(torch.get_num_threads())
+        return 0.5 * x
+
+    run = prepare(Prior(denoise, shape=(2,), name="asked"), world.feature, SampleConfig(num=1, lam=0.0, steps=2))
+    monkeypatch.setattr(type(run.programme.step), "has_own_threads", own, raising=False)
+    inside.clear()  # what prepare() tried
+    run.draw_bucket(np.arange(1))
+    assert inside == [expected] * 2
+
+
+def test_files_have_threads_of_their_own_and_traced_functions_do_not(tiny_bundle):
+    network = tiltscope.load(str(tiny_bundle)).prior.network
+    assert ExportedStep("onnx", network, GraphFiles(Path("none"), lambda path: None)).has_own_threads
+    assert not ExportedStep("compile", network, lambda graph, inputs: []).has_own_threads
