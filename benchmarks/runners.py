@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def time_steps(
     from tiltscope.engine.errors import ParityError
     from tiltscope.engine.runtime.parity import check, measure
     from tiltscope.engine.runtime.runners import step_for
+    from tiltscope.engine.runtime.step import guided_as_in_a_tick
 
     bundle = tiltscope.load(bundle_name)
     prior, feature = bundle.prior, bundle.feature(address)
@@ -107,8 +109,8 @@ def time_steps(
         steps[runner], found[runner] = step, {"parity": worst | {"cosine": min(row.cosine for row in rows)}}
     for batch in BATCHES:
         given = inputs(prior, feature, batch)
-        ways = {name: lambda step=step, given=given: step.guided(*given) for name, step in steps.items()}
-        for name, timing in interleave(ways, seconds=seconds).items():
+        ways = {name: partial(guided_as_in_a_tick, step, *given) for name, step in steps.items()}
+        for name, timing in interleave(ways, seconds=seconds, settle=True).items():
             found[name][f"batch_{batch}"] = asdict(timing)
         for name, milliseconds in processor_ms(ways).items():
             found[name][f"batch_{batch}_cpu_ms"] = milliseconds

@@ -128,12 +128,51 @@ def learning_rate(
     return peak * min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decay)))
 
 
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with Nesterov momentum and AdamW's root mean square, its products in float32.
+
+        B <- .95 B + .05 G,   U = orthogonal(.05 G + .95 B),   W <- (1 - lr decay) W - .2 lr sqrt(max(m, n)) U
+
+    torch's own multiplies in bfloat16 whatever the machine: 3.6 of 4.6 seconds of a step of the prior where that is not native.
+    """
+
+    MOMENTUM = 0.95
+
+    def __init__(self, matrices: list[nn.Parameter], *, lr: float, weight_decay: float) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 1 - self.MOMENTUM)
+                update = orthogonal(matrix.grad.lerp(momentum, self.MOMENTUM))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-0.2 * group["lr"] * max(matrix.shape) ** 0.5)
+
+
+def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """[m, n] -> about U V^T of its U S V^T: singular values between .7 and 1.2, by Newton and Schulz's iteration with Keller
+    Jordan's coefficients (kellerjordan.github.io/posts/muon).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
 class MuonAndAdamW:
     """Muon for every matrix and convolution kernel [out, in k k], AdamW for biases and norms, as one optimiser.
 
-    torch's Muon takes matrices alone: it is given a view of each kernel. Its steps have AdamW's root mean square, so one
-    learning rate serves both (arXiv:2502.16982). On the prior, in 300 steps from trained weights on the same batches: a loss .8 %
-    below AdamW's, for an eighth more time a step.
+    Muon takes matrices alone: it is given a view of each kernel. Its steps have AdamW's root mean square, so one learning rate
+    serves both (arXiv:2502.16982). On the prior, in 300 steps from trained weights on the same batches: a loss .8 % below
+    AdamW's, for an eighth more time a step.
     """
 
     def __init__(self, model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
@@ -141,7 +180,7 @@ class MuonAndAdamW:
         self.views = [nn.Parameter(p.detach().view(len(p), -1)) for p in self.matrices]
         others = [p for p in model.parameters() if p.ndim <= 1]
         self.parts = (
-            torch.optim.Muon(self.views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            Muon(self.views, lr=lr, weight_decay=weight_decay),
             torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=True),
         )
         self.others = others

@@ -33,7 +33,7 @@ from tiltscope.engine.feature.poolings import pooling_tensors
 from tiltscope.engine.feature.readout import Readout, pool, read
 from tiltscope.engine.prepare import prepare
 from tiltscope.engine.prior.prior import Prior
-from tiltscope.engine.runtime.step import Step, StepOutput, TorchStep
+from tiltscope.engine.runtime.step import Step, StepOutput, TorchStep, guided_as_in_a_tick
 from tiltscope.engine.sampler.noise import STREAM_START, STREAM_STEP, seed_key
 from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.engine.tilt.worlds import GaussianWorld
@@ -60,7 +60,7 @@ def row(options: Options) -> Iterator[Line]:
         readout = None if feature.readout is None else feature.readout.expand(batch)
         guided = partial(reference.guided, x, sigma, alpha, readout)
         all_ways = {"plain": partial(plain, x, LEVEL)} | {
-            runner: partial(step.guided, x, sigma, alpha, readout) for runner, step in steps.items()
+            runner: partial(guided_as_in_a_tick, step, x, sigma, alpha, readout) for runner, step in steps.items()
         }
         expected, ways = guided(), dict[str, Way]()
         for name, way in all_ways.items():
@@ -68,7 +68,7 @@ def row(options: Options) -> Iterator[Line]:
                 yield Line(case="row", setting=f"batch {batch}", way=name, timing=None, refused=wrong)
             else:
                 ways[name] = way
-        yield from lines("row", f"batch {batch}", ways, options, bound_ms=1e-6 * _flops(guided) / peak)
+        yield from lines("row", f"batch {batch}", ways, options, settle=True, bound_ms=1e-6 * _flops(guided) / peak)
 
 
 def picture(options: Options) -> Iterator[Line]:
@@ -124,8 +124,8 @@ def throughput(options: Options) -> Iterator[Line]:
     for batch in sizes:
         x, sigma, alpha = noisy(bundle.prior, batch)
         readout = None if feature.readout is None else feature.readout.expand(batch)
-        ways[str(batch)] = partial(step.guided, x, sigma, alpha, readout)
-    timings = interleave(ways, seconds=options.seconds)
+        ways[str(batch)] = partial(guided_as_in_a_tick, step, x, sigma, alpha, readout)
+    timings = interleave(ways, seconds=options.seconds, settle=True)
     for batch in sizes:
         timing = timings[str(batch)]
         rate = 1e3 * batch / timing.p50

@@ -35,9 +35,11 @@ class Line:
     more: dict[str, float] = field(default_factory=dict[str, float])
 
 
-def lines(case: str, setting: str, ways: Mapping[str, Way], options: Options, **more: float) -> Iterator[Line]:
-    """Time the ways in turn; the first is the baseline."""
-    timings = interleave(ways, seconds=options.seconds)
+def lines(
+    case: str, setting: str, ways: Mapping[str, Way], options: Options, *, settle: bool = False, **more: float
+) -> Iterator[Line]:
+    """Time the ways in turn; the first is the baseline. settle: as `interleave` has it."""
+    timings = interleave(ways, seconds=options.seconds, settle=settle)
     base = next(iter(timings.values())).p50
     for at, (way, timing) in enumerate(timings.items()):
         yield Line(

@@ -80,6 +80,7 @@ def load_decoder(folder: Path, *, shape: tuple[int, ...]) -> Decoder:
     kind = config.get("_class_name")
     if kind not in KINDS:
         raise BundleError(f"{folder / CONFIG}: {kind!r} is not known; allowed: {', '.join(KINDS)}")
+    defer_siblings()
     try:
         with torch.device("meta"):
             whole, factor = KINDS[kind](config)

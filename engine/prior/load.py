@@ -10,6 +10,7 @@ from torch import nn
 from tiltscope.engine.batch_invariant import replace_modules
 from tiltscope.engine.errors import BundleError
 from tiltscope.engine.files import read_json, read_tensors
+from tiltscope.engine.prior.diffusers_packages import defer_siblings
 from tiltscope.engine.prior.dit import DiT
 from tiltscope.engine.prior.edm import FAMILIES, EDMUNet
 from tiltscope.engine.prior.edm2 import EDM2UNet
@@ -50,6 +51,7 @@ def load_denoiser(
         )
     if learned_range and pixel_unshuffle > 1:
         raise BundleError(f"{folder / CONFIG}: a learned variance goes with pixel_unshuffle 1, got {pixel_unshuffle}")
+    defer_siblings()
     return NetworkDenoiser(
         KINDS[kind](folder, config, (channels, shape[1] // pixel_unshuffle, shape[2] // pixel_unshuffle)),
         levels=process.levels,

@@ -3,7 +3,8 @@
     candidates   torch; every registered runner whose files are built; and those that run the ONNX files, which are built here
                  where they are missing (a minute or two). `compile` takes many minutes to build, so it is tried only where
                  `tiltscope export --runner compile` has been
-    trial        a guided row of the run's bucket, all candidates in turn, after the gate that every load goes through
+    trial        a guided row of the run's bucket, all candidates in turn, after the gate that every load goes through; each as it
+                 runs while it draws: right after a row of its own, torch on one thread where its engine has threads of its own
     kept         in TILTSCOPE_HOME/choices, under the hash of networks, hook, dtype, bucket, versions, processor, threads and
                  candidates: another of these is another trial
 
@@ -15,6 +16,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from tiltscope.engine.runtime.artefact import artefact_key, cached
 from tiltscope.engine.runtime.cache import cache_folder
 from tiltscope.engine.runtime.cpu import cpu_features
 from tiltscope.engine.runtime.runners import REFERENCE, Exporter, Gated, exporter, key_facts, registered, step_for
+from tiltscope.engine.runtime.step import guided_as_in_a_tick
 from tiltscope.engine.sampler.noise import STREAM_START, normal
 from tiltscope.kernels.implementation import Implementation
 
@@ -90,9 +93,8 @@ def choose(
             steps[name] = step_for(name, prior, feature, dtype, kernels=kernels)
         except (ParityError, RunnerError) as error:
             refused[name] = str(error)
-    timings = interleave(
-        {name: _row(gated, prior, feature, dtype, bucket) for name, gated in steps.items()}, seconds=SECONDS
-    )
+    ways = {name: _row(gated, prior, feature, dtype, bucket) for name, gated in steps.items()}
+    timings = interleave(ways, seconds=SECONDS, settle=True)
     ms = {name: timing.p50 for name, timing in timings.items()}
     choice = Choice(runner=min(ms, key=lambda name: ms[name]), bucket=bucket, ms=ms, refused=refused)
     write_bytes(path, json.dumps(asdict(choice)).encode())
@@ -133,7 +135,7 @@ def _row(gated: Gated, prior: Prior, feature: Feature, dtype: torch.dtype, bucke
     x = torch.stack([torch.from_numpy(normal(0, at, 0, STREAM_START, shape=prior.shape)) for at in range(bucket)])
     sigma = torch.full((bucket,), _SIGMA, dtype=torch.float64)
     readout = None if feature.readout is None else feature.readout.expand(bucket)
-    return lambda: gated.step.guided(x.to(dtype), sigma, (1 - sigma * sigma).sqrt(), readout)
+    return partial(guided_as_in_a_tick, gated.step, x.to(dtype), sigma, (1 - sigma * sigma).sqrt(), readout)
 
 
 def _taken(choice: Choice) -> Choice:

@@ -38,6 +38,10 @@ class HeldStep:
     def name(self) -> str:
         return self._step.name
 
+    @property
+    def has_own_threads(self) -> bool:
+        return self._step.has_own_threads
+
     def hold(self, *graphs: str) -> None:
         """Each of these graphs compared with the stored outputs, those excepted that were. A refused one is compared again."""
         for graph in graphs:

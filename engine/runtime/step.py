@@ -21,6 +21,7 @@ from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.feature.readout import Readout, read
 from tiltscope.engine.prior.prior import Prior
+from tiltscope.engine.runtime.threads import one_thread
 from tiltscope.kernels.implementation import Implementation
 
 Pullback = Callable[[Tensor], Tensor]
@@ -40,11 +41,15 @@ class Step(Protocol):
     """What a runner provides: the two graphs of a row, and the feature's reading of a finished picture.
 
     `readout` is a batch of readouts, one a slot, or None where the feature is a function of its own. `linearise` and `gradient`
-    are the guided graph in two halves, for the lifts that work in between.
+    are the guided graph in two halves, for the lifts that work in between. has_own_threads: whether its networks compute on
+    threads that are not torch's (threads.py).
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def has_own_threads(self) -> bool: ...
 
     def unguided(self, x: Tensor, sigma: Tensor, alpha: Tensor) -> Tensor: ...
 
@@ -68,6 +73,10 @@ class TorchStep:
     feature: Feature
     name: str = "torch"
     kernels: Implementation = "reference"
+
+    @property
+    def has_own_threads(self) -> bool:
+        return False
 
     @property
     def guided_tells_unguided(self) -> bool:
@@ -164,6 +173,12 @@ class ListeningStep(TorchStep):
         x0_hat, v = network.with_variance(x, sigma)
         self.said.append(v.detach())
         return x0_hat
+
+
+def guided_as_in_a_tick(step: Step, x: Tensor, sigma: Tensor, alpha: Tensor, readout: Readout | None) -> StepOutput:
+    """`step.guided` on the threads that it has while it draws: what a timing of it must time."""
+    with one_thread(when=step.has_own_threads):
+        return step.guided(x, sigma, alpha, readout)
 
 
 def heard(step: Step, otherwise: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:

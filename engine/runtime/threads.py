@@ -25,10 +25,10 @@ def num_threads() -> int:
 
 
 @contextmanager
-def one_thread() -> Generator[None]:
-    """torch's operations on this thread alone, for its caller; other threads and libraries keep theirs."""
+def one_thread(*, when: bool = True) -> Generator[None]:
+    """torch's operations on this thread alone, for its caller; other threads and libraries keep theirs. Not `when`: nothing."""
     openmp, before = _openmp(), torch.get_num_threads()
-    if openmp is None or before == 1:
+    if not when or openmp is None or before == 1:
         yield
         return
     openmp.omp_set_num_threads(1)

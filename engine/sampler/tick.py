@@ -6,7 +6,6 @@ tests/runtime/test_capture_safety.py).
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ _NOISE = COLUMNS.index("c")
 def tick(state: SlotState, programme: Programme) -> tuple[SlotState, Observation]:
     """Advance every slot by its own row; slots that have done their plan, and slots that failed, stay as they are."""
     needs, host = programme.ahead(state.host)
-    with one_thread() if getattr(programme.step, "has_own_threads", False) else nullcontext():
+    with one_thread(when=programme.step.has_own_threads):
         after, seen = advance(state, programme, needs)
     return after.advanced(host=host), seen
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -38,6 +39,17 @@ def test_ways_take_turns_in_alternating_order_after_one_call_each():
     assert "".join(called) == "ab" + "ab" + "ba" + "ab" + "ba" + "ab"
     assert found["a"].turns == found["b"].turns == 5
     assert found["a"].p20 <= found["a"].p50 <= found["a"].p80
+
+
+def test_a_settled_way_is_timed_right_after_a_call_of_its_own():
+    called = []
+    ways = {
+        name: lambda name=name: (called.append(name), time.sleep(0.02 if called[-2:-1] != [name] else 0))
+        for name in "ab"
+    }
+    found = interleave(ways, seconds=0, settle=True)
+    assert "".join(called) == "ab" + "aabb" + "bbaa" + "aabb" + "bbaa" + "aabb"
+    assert max(each.p80 for each in found.values()) < 20
 
 
 def test_the_plain_baseline_computes_what_the_engine_does(options):

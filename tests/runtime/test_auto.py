@@ -4,12 +4,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import ClassVar
 
 import pytest
 import torch
 
 import tiltscope
 from tiltscope.engine.batching.engine import Engine
+from tiltscope.engine.bench.timing import interleave
 from tiltscope.engine.runtime import auto, exported, runners
 from tiltscope.engine.runtime.step import TorchStep
 from tiltscope.engine.tilt.worlds import GaussianWorld
@@ -32,6 +34,17 @@ class Negated(TorchStep):
 
 class Torch(TorchStep):
     """As fast as the reference."""
+
+
+class Threaded(TorchStep):
+    """One whose engine computes on threads of its own; `seen` holds how many torch had, a row."""
+
+    has_own_threads = True
+    seen: ClassVar[list[int]] = []
+
+    def guided(self, x, sigma, alpha, readout):
+        self.seen.append(torch.get_num_threads())
+        return super().guided(x, sigma, alpha, readout)
 
 
 class Double:
@@ -140,6 +153,31 @@ def test_a_choice_is_kept_and_not_made_again(bundle, register, monkeypatch):
     assert draw(bundle).manifest["runner_choice"] == first
     with pytest.raises(pytest.fail.Exception, match="timed twice"):
         draw(bundle, batch_size=4)  # another bucket is another trial
+
+
+def test_an_engine_with_threads_of_its_own_has_the_processors_in_its_trial_and_in_its_rows(
+    bundle, register, monkeypatch
+):
+    register(Double("threaded", Threaded))
+    trials = []
+
+    def trial(ways, **settings):
+        Threaded.seen.clear()
+        timings = interleave(ways, **settings)
+        trials.extend(Threaded.seen)
+        return timings
+
+    monkeypatch.setattr(auto, "interleave", trial)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        draw(bundle)
+        Threaded.seen.clear()
+        draw(bundle, runner="threaded", steps=4)
+    finally:
+        torch.set_num_threads(before)
+    assert trials == [1] * 11  # once, then five turns of an untimed row and a timed one
+    assert Threaded.seen[-2:] == [1, 1]
 
 
 def test_python_functions_run_in_torch(register):

@@ -18,6 +18,13 @@ def bundle(tiny_bundle):
     return tiltscope.load(tiny_bundle)
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_known(monkeypatch, tmp_path):
+    """Neither to this process nor on disk."""
+    monkeypatch.setenv("TILTSCOPE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(memory, "_seen", type(memory._seen)())
+
+
 def inputs(prior, batch, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, *prior.shape, generator=generator, dtype=dtype)
@@ -93,20 +100,39 @@ def test_a_bucket_that_does_not_fit_is_refused_with_numbers_and_what_does(bundle
         plan_memory(bundle.prior, feature, torch.float32, bucket=8, chunk=None, available=1e-3)
 
 
-def test_the_same_question_is_answered_once(bundle, monkeypatch):
-    """For every feature of a hook; another batch, type or number of rows is another question."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_same_question_is_answered_once(bundle, monkeypatch, processes):
+    """For every feature of a hook; another batch, type or number of rows is another question. The next process knows."""
     asked = []
     real = memory._alive_mib
     monkeypatch.setattr(memory, "_alive_mib", lambda *given, **more: asked.append(more) or real(*given, **more))
-    monkeypatch.setattr(memory, "_seen", type(memory._seen)())
     prior, feature = bundle.prior, bundle.feature(ADDRESS)
     first = row_mib(prior, feature, torch.float32, batch=2)
+    if processes == 2:
+        monkeypatch.setattr(memory, "_seen", type(memory._seen)())
     assert row_mib(prior, bundle.feature("blocks.1:sae:4"), torch.float32, batch=2) == first
     assert len(asked) == 1
     assert row_mib(prior, feature, torch.float32, batch=3) > first
     assert row_mib(prior, feature, torch.float64, batch=2) > first
     assert row_mib(prior, feature + bundle.feature("blocks.1:sae:4"), torch.float32, batch=2) >= first
     assert len(asked) == 4
+
+
+@pytest.mark.parametrize("change", ["a wider tensor", "a module's number", "what is counted"])
+def test_what_is_kept_is_not_taken_for_other_networks(bundle, monkeypatch, change):
+    prior, feature = bundle.prior, bundle.feature(ADDRESS)
+    first = row_mib(prior, feature, torch.float32, batch=1)
+    monkeypatch.setattr(memory, "_seen", type(memory._seen)())
+    monkeypatch.setattr(memory, "_alive_mib", lambda *given, **more: 7.0)
+    assert row_mib(prior, feature, torch.float32, batch=1) == first
+    monkeypatch.setattr(memory, "_seen", type(memory._seen)())
+    if change == "a wider tensor":
+        monkeypatch.setattr(prior.network.network, "_buffers", {"extra": torch.zeros(3)})
+    elif change == "a module's number":
+        monkeypatch.setattr(feature.trunk, "some_heads", 3, raising=False)
+    else:
+        monkeypatch.setattr(memory, "_FORM", 0)
+    assert row_mib(prior, feature, torch.float32, batch=1) == memory.WORKSPACE * 7.0
 
 
 def test_python_functions_cannot_be_foreseen():

@@ -13,6 +13,10 @@ from tiltscope.engine.prepare import prepare
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime import threads
 from tiltscope.engine.runtime.exported import ExportedStep, GraphFiles
+from tiltscope.engine.runtime.gate import record_self_test
+from tiltscope.engine.runtime.held import HeldStep
+from tiltscope.engine.runtime.memory import ChunkedStep
+from tiltscope.engine.runtime.step import TorchStep
 from tiltscope.engine.runtime.threads import num_threads, one_thread
 from tiltscope.engine.tilt.worlds import GaussianWorld
 
@@ -69,6 +73,15 @@ def test_a_tick_runs_so_where_the_step_says_its_engine_has_own_threads(three_thr
     inside.clear()  # what prepare() tried
     run.draw_bucket(np.arange(1))
     assert inside == [expected] * 2
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_step_around_another_tells_what_that_tells(own):
+    world = GaussianWorld(s=1.3, shape=(2,))
+    inner = type("Inner", (TorchStep,), {"has_own_threads": own})(world.prior, world.feature)
+    test = record_self_test(inner, (2,), world.feature.readout)
+    assert HeldStep(inner, test, torch.float64, lambda graph, errors: None).has_own_threads == own
+    assert ChunkedStep(inner, 1).has_own_threads == own
 
 
 def test_files_have_threads_of_their_own_and_traced_functions_do_not(tiny_bundle):

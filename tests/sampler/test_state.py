@@ -26,6 +26,7 @@ class Counting:
     inner: TorchStep
     calls: list[str]
     name: str = "counting"
+    has_own_threads: bool = False
 
     def unguided(self, x, sigma, alpha):
         self.calls.append("unguided")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from train_sae import Autoencoder, normal_form, whitening
-from training import Clock, MuonAndAdamW, learning_rate, load_checkpoint, save_checkpoint, update_ema
+from training import Clock, Muon, MuonAndAdamW, learning_rate, load_checkpoint, save_checkpoint, update_ema
 
 
 def make(kind: str) -> tuple[dict[str, nn.Module], torch.optim.Optimizer | MuonAndAdamW, torch.Generator]:
@@ -69,6 +69,20 @@ def test_a_kernel_steps_along_the_orthogonal_factor_of_its_gradient() -> None:
     assert values.max() / values.min() < 3 < gradient.max() / gradient.min()
     torch.testing.assert_close(values.mean(), torch.tensor(0.1 * 0.2 * 144**0.5), rtol=0.3, atol=0.0)
     torch.testing.assert_close((model.bias.detach() - bias).abs(), torch.full((6,), 0.1), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("shape", [(6, 144), (40, 12)])
+def test_muon_steps_as_torchs_own_does_to_its_half_precision(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    settings = {"lr": 0.1, "weight_decay": 0.5}
+    optimisers = Muon([ours], **settings), torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings)
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimiser in optimisers:
+            optimiser.step()
+    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=0.02 * (1 - theirs.detach()).abs().max().item())
 
 
 def test_the_rate_warms_up_holds_and_decays_over_the_last_third() -> None:
