@@ -19,7 +19,6 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import PchipInterpolator
 
 from tiltscope.engine.errors import CalibrationError, ConfigError
 
@@ -131,6 +130,8 @@ def integrate(rounds: Sequence[Round], lam: float) -> Integral:
     E_s[phi] rises with s, so a monotone cubic interpolates it (PCHIP). se: the rounds' errors through their share of the
     integral; what the interpolation misses is not in it. Raises ConfigError where 0 or `lam` is missing.
     """
+    from scipy.interpolate import PchipInterpolator  # half a second: only where there is something to integrate
+
     known = sorted({each.lam: each for each in rounds}.values(), key=lambda each: each.lam)
     lams = np.array([each.lam for each in known])
     if 0.0 not in lams or lam not in lams:
