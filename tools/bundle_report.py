@@ -1,6 +1,6 @@
 """Measure a built bundle and write what was found into it: bundle.json's `reference`, the card, the card's pictures.
 
-    python tools/bundle_report.py                       # every figure of the embedded bundle anew: half an hour on two cores
+    python tools/bundle_report.py                       # every figure of the embedded bundle anew: an hour and more on two cores
 
 What a user would get is what is measured: samples come from the engine with its default plan. Every figure stands beside what a
 real picture, random weights or a grey blur would show. Parts (--parts) can be measured alone; the others keep their figures.
@@ -9,7 +9,11 @@ real picture, random weights or a grey blur would show. Parts (--parts) can be m
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -53,13 +57,40 @@ class Config:
     """samples a feature and answer"""
     calibrate: tuple[str, ...] = ("blocks.5:sae:1169",)
     """features whose calibration on the sampler the bundle brings, so that the demo need not draw for it"""
-    threads: int = 2
+    runner: str = "torch"
+    """of the samples and answers"""
+    processes: int = 2
+    """of one thread each, for samples and answers: two do more than one of two threads"""
 
 
-def unguided(bundle: Bundle, num: int) -> torch.Tensor:
-    """x0 of `num` draws of the prior alone: seed 0, indices 0, 1, ..."""
+def deal(config: Config, work: Callable[[Bundle, str, Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
+    """work(bundle, runner, task) of every task in their order, by `config.processes` processes."""
+    with ProcessPoolExecutor(config.processes, get_context("spawn"), prepare_machine, (1,)) as pool:
+        yield from pool.map(partial(_with_bundle, work, config.bundle, config.runner), tasks)
+
+
+def _with_bundle(work: Callable[[Bundle, str, Any], Any], folder: Path, runner: str, task: Any) -> Any:
+    return work(_opened(folder), runner, task)
+
+
+@cache
+def _opened(folder: Path) -> Bundle:
+    return tiltscope.load(str(folder))
+
+
+def unguided(bundle: Bundle, runner: str, indices: Sequence[int]) -> torch.Tensor:
+    """x0 of draws of the prior alone, of seed 0."""
     any_feature = next(f.feature for f in bundle.features() if f.alive)
-    return tiltscope.sample(bundle.prior, bundle.feature(any_feature), num=num, lam=0.0, batch_size=BATCH).x0
+    feature = bundle.feature(any_feature)
+    more = {"lam": 0.0, "batch_size": BATCH, "runner": runner}
+    return tiltscope.sample(bundle.prior, feature, num=len(indices), indices=list(indices), **more).x0
+
+
+def draw_unguided(config: Config, num: int) -> torch.Tensor:
+    """x0 of `num` draws: indices 0, 1, ..."""
+    size = 4 * BATCH
+    parts = [list(range(at, min(at + size, num))) for at in range(0, num, size)]
+    return torch.cat(list(deal(config, unguided, parts)))
 
 
 def histogram_figures(bundle: Bundle, x0: torch.Tensor) -> dict[str, Any]:
@@ -116,15 +147,21 @@ def feature_figures(bundle: Bundle) -> tuple[dict[str, Any], list[dict[str, Any]
     return counts, rows, labelled(pictures, label_px=150)
 
 
-def claim_figures(bundle: Bundle, num: int) -> tuple[list[dict[str, Any]], Image.Image]:
+def claim_row(bundle: Bundle, runner: str, task: tuple[str, int]) -> tuple[dict[str, Any], torch.Tensor]:
+    """A feature's row of the claim's table, and eight of its guided samples."""
+    address, num = task
+    found = claim.explain_at_target(bundle, address, num=num, runner=runner)
+    return claim.row_of(*found), found[0].answers["tilt"].x0[:8]
+
+
+def claim_figures(bundle: Bundle, config: Config) -> tuple[list[dict[str, Any]], Image.Image]:
     """The claim's table, and eight guided samples of each feature that it looks at (64 in all)."""
     rows, pictures = [], []
-    for address in claim.chosen_features(bundle):
-        found = claim.explain_at_target(bundle, address, num=num)
-        rows.append(claim.row_of(*found))
-        label = f"{address}\n{rows[-1]['name'] or 'no name'}"
-        pictures.append((label, to_pictures(found[0].answers["tilt"].x0[:8])))
-        print(json.dumps(rows[-1]), flush=True)
+    tasks = [(address, config.num_claim) for address in claim.chosen_features(bundle)]
+    for row, x0 in deal(config, claim_row, tasks):
+        rows.append(row)
+        pictures.append((f"{row['feature']}\n{row['name'] or 'no name'}", to_pictures(x0)))
+        print(json.dumps(row), flush=True)
     return rows, labelled(pictures[: NUM_SHOWN // 8], label_px=150)
 
 
@@ -215,18 +252,20 @@ def measure(config: Config, bundle: Bundle, part: Part) -> tuple[dict[str, Any],
         )
         figures["cls_recovered_heldout"] = measure_recovered(config.data, folder / "trunk", folder / "sae")
     if part == "prior":
-        x0 = unguided(bundle, config.num)
+        x0 = draw_unguided(config, config.num)
         figures["prior"], pictures = measure_prior(config.data, bundle.evaluator(), x0)
         figures["histograms"] = histogram_figures(bundle, x0)
     if part == "features":
         figures["features"], figures["best_features"], pictures["features"] = feature_figures(bundle)
     if part == "claim":
-        figures["claim"], pictures["guided"] = claim_figures(bundle, config.num_claim)
+        figures["claim"], pictures["guided"] = claim_figures(bundle, config)
+    if part in ("prior", "claim"):
+        figures[f"{part}_runner"] = config.runner
     return figures, pictures
 
 
 def main(config: Config) -> None:
-    prepare_machine(config.threads)
+    prepare_machine(config.processes)
     bundle = tiltscope.load(str(config.bundle))
     facts = json.loads((config.bundle / "bundle.json").read_text())
     for part in config.parts:

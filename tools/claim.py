@@ -31,7 +31,9 @@ def chosen_features(bundle: Bundle) -> list[str]:
     return by_selectivity(bundle)[: NUM_FEATURES * EVERY : EVERY]
 
 
-def explain_at_target(bundle: Bundle, address: str, *, num: int) -> tuple[Explanation, float, float]:
+def explain_at_target(
+    bundle: Bundle, address: str, *, num: int, runner: str = "torch"
+) -> tuple[Explanation, float, float]:
     """(four answers at the activation that the tilt reached, the target, the pool's 99th percentile).
 
     Where the sampler does not reach the target, the tilt is drawn at the pool's lambda: its row says that it is not there.
@@ -39,9 +41,9 @@ def explain_at_target(bundle: Bundle, address: str, *, num: int) -> tuple[Explan
     feature = bundle.feature(address)
     natural = bundle.pool.activations(feature)
     try:
-        explanation = tiltscope.explain(bundle, feature, num=num)
+        explanation = tiltscope.explain(bundle, feature, num=num, runner=runner)
     except CalibrationError:
-        explanation = tiltscope.explain(bundle, feature, num=num, calibration="pool")
+        explanation = tiltscope.explain(bundle, feature, num=num, runner=runner, calibration="pool")
     return explanation, explanation.target, float(np.percentile(natural, 99))
 
 
