@@ -128,16 +128,16 @@ def ranked(bundle: Bundle, config: Config) -> list[str]:
     return [config.demo, *by_selectivity(bundle)[:: config.every][: config.features]]
 
 
-def measure(bundle: Bundle, address: str, config: Config, former: list[float]) -> list[dict[str, Any]]:
+def measure(bundle: Bundle, address: str, config: Config, former: dict[Candidate, float]) -> list[dict[str, Any]]:
     """Every candidate on one feature. A search starts at the strength of a former run's, or of the last that was matched."""
     feature, inquiry = bundle.feature(address), inquire(bundle, address, ExplainConfig())
     found: list[dict[str, Any]] = []
     start = float(inquiry.run.lam or 1.0)  # pyright: ignore[reportArgumentType]  # of one feature: a number
     print(f"{address}: target {inquiry.target:.3g}", flush=True)
-    for place, candidate in enumerate(CANDIDATES):
+    for candidate in CANDIDATES:
         run = asked(bundle, address, config, candidate)
         print(f"  {candidate}", flush=True)
-        first = former[place] if former else start
+        first = former.get(candidate, start)
         drawn = match(drawer(run), activation_of(feature), inquiry.target, first)
         start = drawn.strength if drawn.matched else start
         mean, se = naturalness(bundle, drawn.x0)
@@ -193,15 +193,14 @@ def chosen(lines: list[dict[str, Any]], features: int) -> dict[str, Any]:
     return min(able, key=lambda line: line["seconds"])
 
 
-def strengths(config: Config, address: str) -> list[float]:
-    """Of a former run's candidates, in their order; none where there is no former run."""
+def strengths(config: Config, address: str) -> dict[Candidate, float]:
+    """Of a former run's candidates; none where there is no former run."""
     if config.former is None:
-        return []
+        return {}
     of_feature = json.loads(config.former.read_text().splitlines()[-1])["features"][address]
-    found = {
+    return {
         Candidate(each["steps"], each["grid"], tuple(each["interval"])): float(each["strength"]) for each in of_feature
     }
-    return [found[candidate] for candidate in CANDIDATES]
 
 
 def main(config: Config) -> None:
