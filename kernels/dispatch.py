@@ -12,10 +12,10 @@ an op cannot take is a ConfigError naming the argument; so is a row past its pla
 CPU). On a device a row past its plan reads no memory outside the table, and its slot is one that has done its plan.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -42,7 +42,7 @@ __all__ = [
     "Implementation",
     "count_calls",
     "guided_step",
-    "normal",
+    "normal_of",
     "require_implementation",
     "resample",
 ]
@@ -158,23 +158,13 @@ def _laid_out(made: Tensor, like: Tensor) -> Tensor:
     return made if made.stride() == like.stride() else torch.empty_like(like).copy_(made)
 
 
-def normal(
-    key: Int[Tensor, "batch 2"],
-    index: Int[Tensor, "batch"],
-    row: Int[Tensor, "batch"],
-    particle: Int[Tensor, "batch"],
-    *,
-    stream: int,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    implementation: Implementation = "reference",
-) -> Tensor:
-    """philox.normal by the implementation asked for: native has one of its own, of the same bits; the others, the definition."""
+def normal_of(implementation: Implementation) -> Callable[..., Tensor]:
+    """philox.normal, or one of the same arguments and bits that this implementation has of its own: native."""
     if implementation == "native":
-        from tiltscope.kernels.native import normal as run
+        from tiltscope.kernels.native import normal
     else:
-        from tiltscope.kernels.philox import normal as run
-    return run(key, index, row, particle, stream=stream, shape=shape, dtype=dtype)
+        from tiltscope.kernels.philox import normal
+    return normal
 
 
 # The op's arguments are flat, as torch.library wants them: the fields of one record, the results those of another.

@@ -22,7 +22,7 @@ from tiltscope.engine.sampler.noise import STREAM_START, seed_key
 from tiltscope.engine.sampler.plan import GraphKind, Plan
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.tilt.log_tilt import LogTilt
-from tiltscope.kernels.dispatch import normal
+from tiltscope.kernels.dispatch import normal_of
 from tiltscope.kernels.implementation import Implementation
 
 CPU = torch.device("cpu")
@@ -273,16 +273,8 @@ def admit(
     zeros = torch.zeros(bucket, dtype=torch.int64, device=programme.device)
     zero = torch.zeros(bucket, dtype=programme.dtype, device=programme.device)
     key = placed(np.array([seed_key(seed)], np.int64)).expand(bucket, 2)
-    x = normal(
-        key,
-        index,
-        zeros,
-        particle,
-        stream=STREAM_START,
-        shape=programme.shape,
-        dtype=programme.dtype,
-        implementation=programme.kernels,
-    )
+    normal = normal_of(programme.kernels)
+    x = normal(key, index, zeros, particle, stream=STREAM_START, shape=programme.shape, dtype=programme.dtype)
     if programme.start is not None:
         sigma, alpha = (float(programme.table[0, 0, at]) for at in (_SIGMA, _ALPHA))
         x = alpha * programme.start + sigma * x
