@@ -4,6 +4,7 @@
 
 What a user would get is what is measured: samples come from the engine with its default plan. Every figure stands beside what a
 real picture, random weights or a grey blur would show. Parts (--parts) can be measured alone; the others keep their figures.
+`--parts` with none writes the card anew.
 """
 
 from __future__ import annotations
