@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tiltscope.engine.batch_invariant import replace_modules
 from tiltscope.engine.errors import BundleError
 from tiltscope.engine.files import read_json, read_tensors, tensor_names
+from tiltscope.engine.prior.diffusers_packages import defer_siblings
 from tiltscope.engine.weights import assign_weights
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
