@@ -78,7 +78,7 @@ def write_evaluator(folder: Path, wheels: Path) -> None:
 
 def export_prior(checkpoint: Path, folder: Path) -> tuple[dict[str, Any], int]:
     """The EMA of a checkpoint, with its scheduler; returns the checkpoint's facts and the number of parameters."""
-    from train_prior import build_unet, export
+    from prior_network import build_unet, export
 
     state = torch.load(checkpoint, weights_only=True)
     average = build_unet()

@@ -44,10 +44,9 @@ def draw_samples(prior: Path, num: int, *, rows: int = 50, eta: float = 1.0, see
 
     Kept apart from the engine so that a training can be judged without it.
     """
-    from diffusers import UNet2DModel
-    from train_prior import build_scheduler, denoise, level_angles
+    from prior_network import build_scheduler, denoise, level_angles, load_unet
 
-    unet = UNet2DModel.from_pretrained(prior, low_cpu_mem_usage=False).float().eval()
+    unet = load_unet(prior).eval()
     angles = level_angles(build_scheduler())
     grid = np.linspace(np.arccos(1e-3), angles[0], rows)
     generator = torch.Generator().manual_seed(seed)

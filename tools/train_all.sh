@@ -1,7 +1,7 @@
 #!/bin/sh
 # data -> trunk -> sae -> prior -> bundle -> its figures and card, one after another: two trainings at once on a few cores are slower than both in turn.
 # Every step continues its own checkpoint, so the same command after an interruption goes on where it stopped.
-#   tools/train_all.sh [FOLDER=build/train]     TRUNK_MINUTES, SAE_MINUTES, PRIOR_MINUTES, THREADS, PYTHON in the environment
+#   tools/train_all.sh [FOLDER=build/train]     TRUNK_MINUTES, SAE_MINUTES, PRIOR_MINUTES, GUIDED_MINUTES, THREADS, PYTHON in the environment
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-build/train}
@@ -15,6 +15,9 @@ quiet="nice -n 19 $python"
 [ -f "$out/emoji64.npz" ] || $quiet "$here/data.py" --data "$out/packages" --out "$out/emoji64.npz"
 [ -f "$out/trunk/model/config.json" ] || $quiet "$here/train_trunk.py" --data "$out/emoji64.npz" --out "$out/trunk" --minutes "${TRUNK_MINUTES:-60}" --processes "$threads"
 [ -f "$out/sae/config.json" ] || $quiet "$here/train_sae.py" --data "$out/emoji64.npz" --trunk "$out/trunk/model" --out "$out/sae" --minutes "${SAE_MINUTES:-15}" --threads "$threads"
-[ -f "$out/prior/model/config.json" ] || $quiet "$here/train_prior.py" --data "$out/emoji64.npz" --out "$out/prior" --minutes "${PRIOR_MINUTES:-480}" --processes "$threads"
+alone="$out/prior_alone"
+[ -f "$alone/model/config.json" ] || $quiet "$here/train_prior.py" --data "$out/emoji64.npz" --out "$alone" --minutes "${PRIOR_MINUTES:-480}" --processes "$threads"
+[ -f "$out/prior/model/config.json" ] || $quiet "$here/train_prior.py" --data "$out/emoji64.npz" --out "$out/prior" --minutes "${GUIDED_MINUTES:-24}" --processes "$threads" \
+    --warm-start "$alone/model" --early "$alone/early" --guidance 1.75 --batch 32 --peak-lr 5e-4 --warmup 30 --ema 0.99 --moved-share 0
 $quiet "$here/make_bundle.py" --train "$out" --wheels "$out/wheels"
 $quiet "$here/bundle_report.py" --data "$out/emoji64.npz" --processes "$threads"

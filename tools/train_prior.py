@@ -11,6 +11,8 @@ atan2(sigma, alpha) is meant, between levels
 by linear interpolation in the angle. t is stratified over the batch. Only training-split pictures are seen; skin-tone
 variants and flags are capped.
 
+A last sitting may learn from the network itself, guided by an earlier version of it (autoguidance.py), in place of the pictures.
+
 Several processes of one thread each share a batch and average their gradients: on two cores 1.9 times the pictures of one
 process with two threads, which wait for each other at every operator.
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,8 +31,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import DDPMScheduler, UNet2DModel
+from autoguidance import Autoguided
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from prior_network import build_scheduler, build_unet, denoise, export, level_angles, load_unet
 from torch import Tensor, nn
 from training import (
     Clock,
@@ -48,11 +52,10 @@ from training import (
     warp,
 )
 
-from tiltscope.engine.prior.levels import alpha_bars
-
 BACKGROUND = 240 / 127.5 - 1
 FIXED_HANDEDNESS = ("Flags", "Symbols")
-UNSHUFFLE = 4
+EARLY_SHARE = 0.1
+"""of the minutes: then a version is kept that a later sitting can be guided by"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,28 +82,11 @@ class Config:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the network's products; auto: what the machine does faster"""
     warm_start: Path | None = None
+    early: Path | None = None
+    """an earlier export of this prior: the network learns what `warm_start` guided by it would answer (autoguidance.py)"""
+    guidance: float = 1.5
+    guided_levels: tuple[float, float] = (400.0, 600.0)
     max_steps: int = 10**9
-
-
-def build_unet() -> UNet2DModel:
-    """The architecture that later sittings warm-start from: 3.9 M parameters."""
-    return UNet2DModel(
-        sample_size=16, in_channels=48, out_channels=48, block_out_channels=(64, 96, 128), layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-
-
-def build_scheduler() -> DDPMScheduler:
-    return DDPMScheduler(
-        num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=False
-    )
-
-
-def level_angles(scheduler: DDPMScheduler) -> np.ndarray:
-    """float64 [1000]: theta_t = atan2(sigma, alpha) of every level, from the engine's own reading of the schedule."""
-    bars = alpha_bars(dict(scheduler.config))
-    return np.arctan2(np.sqrt(1 - bars), np.sqrt(bars))
 
 
 class Pictures:
@@ -145,14 +131,15 @@ class Pictures:
         return torch.where(some[:, None, None, None], y, x)
 
 
-def denoise(unet: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    """x [n, 3, 64, 64] at levels t [n] -> x0_hat of the same shape."""
-    return F.pixel_shuffle(unet(F.pixel_unshuffle(x, UNSHUFFLE), t, return_dict=False)[0], UNSHUFFLE)
-
-
 def loss_of(
-    unet: nn.Module, x0: Tensor, angles: np.ndarray, config: Config, generator: torch.Generator
+    unet: nn.Module,
+    x0: Tensor,
+    angles: np.ndarray,
+    config: Config,
+    generator: torch.Generator,
+    teach: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
+    """The loss of the formula above; teach(x, t) answers instead of x0 where it is given."""
     n = len(x0)
     t = (
         (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / n * (len(angles) - 1)
@@ -160,7 +147,7 @@ def loss_of(
     theta = torch.from_numpy(np.interp(t.numpy(), np.arange(len(angles)), angles))
     alpha, sigma = (f(theta).float()[:, None, None, None] for f in (torch.cos, torch.sin))
     x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
-    error = denoise(unet, x, t.float()) - x0
+    error = denoise(unet, x, t.float()) - (x0 if teach is None else teach(x, t.float()))
     weight = (1 / sigma.square()).clamp(max=config.weight_cap).flatten()
     plain = error.square().mean((1, 2, 3))
     rough = error.diff(dim=-1).square().mean((1, 2, 3)) + error.diff(dim=-2).square().mean((1, 2, 3))
@@ -174,10 +161,20 @@ def loss_of(
     }
 
 
-def export(average: UNet2DModel, folder: Path) -> None:
-    """The EMA in float16 with its scheduler: what the bundle ships, and what `UNet2DModel.from_pretrained` loads."""
-    copy.deepcopy(average).half().save_pretrained(folder)
-    build_scheduler().save_pretrained(folder)
+def plain_attention(unet: nn.Module) -> nn.Module:
+    """Heads of 8 channels: the blocked kernel's gradient in bfloat16 takes a third of a step, this a twentieth."""
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
+    return unet
+
+
+def autoguided(config: Config) -> Autoguided:
+    """The teacher of a last sitting: the weights it starts from, guided by `config.early`. SystemExit without those."""
+    if config.early is None or config.warm_start is None:
+        raise SystemExit("--early teaches a trained prior: name it with --warm-start")
+    network, early = (plain_attention(load_unet(folder)).eval() for folder in (config.warm_start, config.early))
+    return Autoguided(network, early, weight=config.guidance, levels=config.guided_levels)
 
 
 def train(rank: int, config: Config, precision: str) -> None:
@@ -192,14 +189,10 @@ def train(rank: int, config: Config, precision: str) -> None:
         moved_share=config.moved_share,
     )
     unet = build_unet()
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            # Heads of 8 channels: the blocked kernel's gradient in bfloat16 takes a third of a step, this a twentieth.
-            module.set_processor(AttnProcessor())
+    plain_attention(unet)
     if config.warm_start is not None:
-        unet.load_state_dict(
-            UNet2DModel.from_pretrained(config.warm_start, low_cpu_mem_usage=False).float().state_dict()
-        )
+        unet.load_state_dict(load_unet(config.warm_start).state_dict())
+    teach = None if config.early is None else autoguided(config)
     average = copy.deepcopy(unet).eval().requires_grad_(False)
     angles = level_angles(build_scheduler())
     settings = {"lr": config.peak_lr, "betas": (0.9, 0.99), "weight_decay": 0.01}
@@ -226,7 +219,7 @@ def train(rank: int, config: Config, precision: str) -> None:
             group["lr"] = lr
         x0 = pictures.draw(config.batch // config.processes, generator)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-            loss, facts = loss_of(unet, x0, angles, config, generator)
+            loss, facts = loss_of(unet, x0, angles, config, generator, teach)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         # The schedule is a clock's, and the processes must agree on it: on its mean, as on the gradient's.
@@ -242,6 +235,8 @@ def train(rank: int, config: Config, precision: str) -> None:
         if step % 50 == 0:
             log_line(config.out / "log.jsonl", {"step": step, "seconds": clock.total, "lr": lr, **running})
             running = {}
+        if share > EARLY_SHARE and not (config.out / "early").exists():
+            export(average, config.out / "early")
         if time.monotonic() - saved > 180:
             save()
             saved = time.monotonic()

@@ -147,7 +147,9 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 if matrix.grad is None:
                     continue
-                momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                if not self.state[matrix]:
+                    self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+                momentum = self.state[matrix]["momentum_buffer"]
                 momentum.lerp_(matrix.grad, 1 - self.MOMENTUM)
                 update = orthogonal(matrix.grad.lerp(momentum, self.MOMENTUM))
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])

@@ -11,7 +11,6 @@
 A chosen runner stays chosen as long as the file is there, so that the same command continues the same run.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.report.atomic import write_bytes
 from tiltscope.engine.runtime.artefact import artefact_key, cached
-from tiltscope.engine.runtime.cache import cache_folder
+from tiltscope.engine.runtime.cache import kept_file
 from tiltscope.engine.runtime.cpu import cpu_features
 from tiltscope.engine.runtime.runners import REFERENCE, Exporter, Gated, exporter, key_facts, registered, step_for
 from tiltscope.engine.runtime.step import guided_as_in_a_tick
@@ -83,7 +82,7 @@ def choose(
         "kernels": kernels,
     }
     key = artefact_key("auto", prior, feature, dtype, facts)
-    path = cache_folder("choices") / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
+    path = kept_file("choices", key)
     if path.is_file():
         choice = Choice(**json.loads(path.read_text()))
         return _taken(choice), step_for(choice.runner, prior, feature, dtype, kernels=kernels)

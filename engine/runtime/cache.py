@@ -11,6 +11,8 @@ neither what is in them nor torch.
 """
 
 import fcntl
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -54,6 +56,11 @@ def cache_folder(name: str = "artefacts") -> Path:
             "chmod 700 it, or set TILTSCOPE_HOME to a folder of your own"
         )
     return folder
+
+
+def kept_file(name: str, key: object) -> Path:
+    """Where what was found for `key` (what JSON can say) is kept, in TILTSCOPE_HOME/`name`; the file may not be there yet."""
+    return cache_folder(name) / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
 
 
 def limit_bytes() -> int:

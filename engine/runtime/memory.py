@@ -8,10 +8,8 @@ operator's own scratch (unfolded columns of a convolution, reordered weights), w
 requests.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,7 +25,8 @@ from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.report.atomic import write_bytes
-from tiltscope.engine.runtime.cache import cache_folder
+from tiltscope.engine.runtime.artefact import here
+from tiltscope.engine.runtime.cache import kept_file
 from tiltscope.engine.runtime.step import Pullback, Step, StepOutput, TorchStep
 
 META = torch.device("meta")
@@ -102,9 +101,9 @@ def _kept_mib(
         "readout": readout,
         "batch": batch,
         "dtype": str(dtype),
-        "versions": [version(name) for name in ("tiltscope", "torch", "diffusers", "transformers")],
+        **here(),
     }
-    path = cache_folder("memory") / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
+    path = kept_file("memory", key)
     if not path.is_file():
         write_bytes(path, json.dumps(_alive_mib(prior, feature, dtype, batch=batch)).encode())
     return float(json.loads(path.read_bytes()))
