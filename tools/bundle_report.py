@@ -217,6 +217,8 @@ def write_card(path: Path, facts: dict[str, Any]) -> None:
             sae=SimpleNamespace(**reference["sae"]),
             features=SimpleNamespace(**reference["features"]),
             histograms=SimpleNamespace(**reference["histograms"]),
+            prior_runner=reference.get("prior_runner", "not recorded"),
+            claim_runner=reference.get("claim_runner", "not recorded"),
             recovered=reference["cls_recovered_heldout"],
             parameters=reference["prior_parameters"] / 1e6,
             pool=SimpleNamespace(**facts["pool"]),

@@ -11,7 +11,7 @@ import pytest
 
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.runtime import cache
-from tiltscope.engine.runtime.cache import entries, evict, obtain_entry, remove_entry, remove_leftovers
+from tiltscope.engine.runtime.cache import entries, evict, kept_file, obtain_entry, remove_entry, remove_leftovers
 
 # A builder that takes its time and tells where it is. What is printed is on its way when it waits, so a kill hits that point.
 BUILDER = """
@@ -179,3 +179,15 @@ def test_a_bound_that_is_no_number_of_mib_is_refused_before_anything_is_built(ho
     with pytest.raises(ConfigError, match="TILTSCOPE_CACHE_MIB: got"):
         obtain_entry("one", fill(1))
     assert visible(home) == []
+
+
+def test_what_is_kept_for_a_key_has_one_place_that_another_key_does_not_have(home):
+    place = kept_file("choices", {"bucket": 8, "runner": "torch"})
+    assert place == kept_file("choices", {"runner": "torch", "bucket": 8})
+    others = (
+        kept_file("choices", {"bucket": 1, "runner": "torch"}),
+        kept_file("memory", {"bucket": 8, "runner": "torch"}),
+    )
+    assert len({place, *others}) == 3
+    assert place.parent == home.parent / "choices"
+    assert not place.exists()
