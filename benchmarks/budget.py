@@ -178,7 +178,7 @@ def summary(of_feature: dict[str, list[dict[str, Any]]], costs: dict[str, float]
                 "detail": float(np.mean([one["detail"] for one in each])),
             }
         )
-    best = lines.index(best_of(lines, len(of_feature)))
+    best = lines.index(most_natural(reaching(lines, len(of_feature))))
     for place, line in enumerate(lines):
         pairs = [(found[place]["naturalness"], found[best]["naturalness"]) for found in of_feature.values()]
         differences = np.array([own - other for own, other in pairs])
@@ -187,24 +187,25 @@ def summary(of_feature: dict[str, list[dict[str, Any]]], costs: dict[str, float]
     return lines
 
 
-def best_of(lines: list[dict[str, Any]], features: int) -> dict[str, Any]:
-    """The most natural of those that reach every feature. Raises SystemExit where none does."""
+def reaching(lines: list[dict[str, Any]], features: int) -> list[dict[str, Any]]:
+    """The lines that reach every feature. Raises SystemExit where none does."""
     able = [line for line in lines if line["reached"] == features]
     if not able:
         raise SystemExit("no candidate reaches every feature: nothing to choose from")
-    return max(able, key=lambda line: line["naturalness"])
+    return able
+
+
+def most_natural(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(lines, key=lambda line: line["naturalness"])
 
 
 def chosen(lines: list[dict[str, Any]], features: int) -> dict[str, Any]:
-    best = best_of(lines, features)
-    able = [
-        line
-        for line in lines
-        if line["reached"] == features
-        and line["behind"] >= -line["behind_se"]
-        and abs(line["detail"] - best["detail"]) <= ROUGH * best["detail"]
+    able = reaching(lines, features)
+    detail = most_natural(able)["detail"]
+    good = [
+        line for line in able if line["behind"] >= -line["behind_se"] and abs(line["detail"] - detail) <= ROUGH * detail
     ]
-    return min(able, key=lambda line: line["seconds"])
+    return min(good, key=lambda line: line["seconds"])
 
 
 def strengths(config: Config, address: str) -> dict[Candidate, float]:

@@ -39,6 +39,14 @@ def test_fast_is_what_the_budget_chose():
     grid = SampleConfig(lam=1.0, grid=choice["grid"]).resolved().grid
     assert (choice["steps"], grid) == (settings.steps, settings.grid)
     assert tuple(choice["interval"]) == (settings.guidance_interval or (0.0, 1.0))
+    able = [
+        each
+        for each in budget["candidates"]
+        if each["reached"] == len(budget["features"])
+        and each["behind"] >= -each["behind_se"]
+        and each["detail"] >= 0.9 * budget["candidates"][0]["detail"]
+    ]
+    assert choice == min(able, key=lambda each: each["seconds"])
 
 
 def test_it_was_measured_on_the_bundled_prior(measured):
