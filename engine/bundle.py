@@ -165,8 +165,31 @@ class Bundle:
         joined = digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
         identity = f"sha256:{joined}"
         return Prior.from_network(
-            denoiser, shape=self.shape, name=self.name, identity=identity, pool=self.pool, decoder=self.decoder
+            denoiser,
+            shape=self.shape,
+            name=self.name,
+            identity=identity,
+            pool=self.pool,
+            decoder=self.decoder,
+            guidance_interval=self._guidance_interval(section),
         )
+
+    def _guidance_interval(self, section: Mapping[str, Any]) -> tuple[float, float] | None:
+        """The noise levels that the prior asks to be guided at; None: all."""
+        found = section.get("guidance_interval")
+        if found is None:
+            return None
+        if not (
+            isinstance(found, list)
+            and len(found) == 2
+            and all(type(each) in (int, float) for each in found)
+            and 0 <= found[0] <= found[1] <= 1
+        ):
+            raise BundleError(
+                f"{self.path / DESCRIPTION}: prior.guidance_interval must be [sigma_lo, sigma_hi] with "
+                f"0 <= sigma_lo <= sigma_hi <= 1, got {found!r}"
+            )
+        return float(found[0]), float(found[1])
 
     @cached_property
     def decoder(self) -> Decoder | None:

@@ -99,7 +99,7 @@ class SampleConfig(Settings):
     start_sigma: float = 0.8
     """noise level at which they start, between 0 and 1; with --start only"""
     guidance_interval: tuple[float, float] | None = None
-    """(sigma_lo, sigma_hi): rows outside are not guided"""
+    """(sigma_lo, sigma_hi): rows outside are not guided; None: what the prior asks for (bundle.json), else all are"""
     calibration: str = "pool"
     """what lambda is calibrated on: pool (natural pictures) | sampler (dual ascent on its own draws)"""
     calibration_num: int = 256

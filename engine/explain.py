@@ -147,7 +147,8 @@ def inquire(bundle: Bundle, feature: Feature | str, config: ExplainConfig) -> In
     if run.natural is None:  # a prior or a feature of one's own: the bundle's pictures are natural all the same
         known = None if isinstance(lam, tuple) or config.guidance == "constant" else calibration
         run = replace(run, natural=natural, source="pool", estimate=known)
-    config = replace(config, runner=run.config.runner)  # auto has become one of them
+    # What was left open is filled now: runner auto, and the noise levels that the prior asks to be guided at.
+    config = replace(config, runner=run.config.runner, guidance_interval=run.config.guidance_interval)
     if config.lam is None and not calibration.feasible:
         run = replace(run, estimate=None)
     return Inquiry(

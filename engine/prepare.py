@@ -69,6 +69,8 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, gated: Gate
     if config.runner == AUTO:
         # What runs is what the run is called by: another runner's pictures differ in their last bits.
         config = replace(config, runner=gated.step.name)
+    if config.guidance_interval is None and config.guidance == "tilt":
+        config = replace(config, guidance_interval=prior.guidance_interval)
     needs = _memory_plan(prior, feature, config, gated)
     if config.vjp_chunk is not None and config.vjp_chunk < config.bucket:
         gated = gated._replace(step=ChunkedStep(gated.step, config.vjp_chunk))

@@ -12,7 +12,11 @@ import torch
 
 import tiltscope
 from tiltscope.engine.bundle import embedded_bundles, load
+from tiltscope.engine.config import ExplainConfig, SampleConfig
 from tiltscope.engine.errors import BundleError, ConfigError
+from tiltscope.engine.explain import inquire
+from tiltscope.engine.prepare import prepare
+from tiltscope.engine.sampler.plan import GraphKind
 
 FEATURE = "blocks.1:sae:3"
 
@@ -245,3 +249,45 @@ def test_the_embedded_bundles_are_whole():
         assert embedded.name == name
         assert embedded.path == folder
         assert embedded.verify() > 10
+
+
+INTERVAL = [0.2, 0.9]
+
+
+def asks(folder, interval=INTERVAL):
+    """A bundle whose prior asks to be guided at some noise levels alone."""
+    return load(describe(folder, lambda meta: meta["prior"].update(guidance_interval=interval)))
+
+
+def guided(bundle, **settings):
+    """sin(theta) at the guided rows of a run of ten, and the interval its configuration holds."""
+    run = prepare(bundle.prior, bundle.feature(FEATURE), SampleConfig(num=1, **({"lam": 1.0, "steps": 10} | settings)))
+    at = run.plan.kind == GraphKind.GUIDED
+    return np.sin(run.plan.thetas[:-1][at]), run.config.guidance_interval
+
+
+def test_a_prior_is_guided_where_it_asks_to_be_unless_the_request_says_where(copy):
+    everywhere, none = guided(load(copy))
+    assert none is None
+    assert everywhere.max() > 0.9
+    bundle = asks(copy)
+    asked, interval = guided(bundle)
+    assert interval == tuple(INTERVAL)
+    np.testing.assert_array_equal(asked, everywhere[(everywhere >= 0.2) & (everywhere <= 0.9)])
+    assert 0 < len(asked) < len(everywhere)
+    np.testing.assert_array_equal(guided(bundle, guidance_interval=(0.0, 1.0))[0], everywhere)
+    # The published scale is no lambda: its rows are the published ones.
+    assert len(guided(bundle, preset="paper_exact")[0]) == len(guided(load(copy), preset="paper_exact")[0])
+    # In another precision it is the same prior.
+    np.testing.assert_array_equal(guided(bundle, dtype="float64")[0], asked)
+
+
+def test_an_explanation_says_where_its_prior_was_guided(copy):
+    inquiry = inquire(asks(copy), FEATURE, ExplainConfig(num=1, lam=1.0, steps=10))
+    assert inquiry.config.guidance_interval == tuple(INTERVAL)
+
+
+@pytest.mark.parametrize("interval", [[0.9, 0.2], [0.5], [-0.1, 1.0], [0.0, 1.1], "0,1", [0.0, True], [0.0, None], 0.5])
+def test_an_interval_that_is_none_is_refused_by_name(copy, interval):
+    with pytest.raises(BundleError, match=r"prior\.guidance_interval must be"):
+        _ = asks(copy, interval).prior

@@ -36,6 +36,8 @@ class Prior:
     decoder    from latents to pictures where x0 is latent, or None
     pool       the pool of the bundle it comes from, or None
     network    the network behind denoise where there is one, or None (what an exporter traces)
+    guidance_interval  (sigma_lo, sigma_hi) within which a lambda's push is worth following, or None: everywhere. Above it
+               the answer of a network that is no posterior mean there need not have its derivative either
 
     Raises ConfigError for a shape that is not positive whole numbers, an empty name, or a denoise that cannot be called.
     """
@@ -51,6 +53,7 @@ class Prior:
         self.network: NetworkDenoiser | None = None
         self.decoder: Decoder | None = None
         self.pool: Any = None
+        self.guidance_interval: tuple[float, float] | None = None
         self._root = self
         self._siblings: dict[tuple[torch.dtype, torch.device], Prior] = {}
 
@@ -64,10 +67,11 @@ class Prior:
         identity: str,
         pool: object = None,
         decoder: Decoder | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> "Prior":
         """A prior whose denoiser is a network; `to(dtype)` moves it between precisions. decoder: of its latents, float32."""
         prior = cls(network, shape=shape, name=name)
-        prior.decoder = decoder
+        prior.decoder, prior.guidance_interval = decoder, guidance_interval
         prior.network, prior.levels, prior.identity, prior.pool = network, network.levels, identity, pool
         prior._siblings[network.dtype, network.device] = prior
         return prior
@@ -133,6 +137,7 @@ class Prior:
                 identity=self.identity,
                 pool=self.pool,
                 decoder=self.decoder,
+                guidance_interval=self.guidance_interval,
             )
             sibling._root = root
             root._siblings[dtype, device] = sibling
