@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 import pytest
@@ -23,6 +24,19 @@ import diffusers.models.transformers as package
 from diffusers import AuraFlowTransformer2DModel, AutoencoderKL
 assert package.AuraFlowTransformer2DModel is AuraFlowTransformer2DModel
 assert AutoencoderKL is diffusers.models.autoencoders.AutoencoderKL
+"""
+
+# What a start of `explain` reads, and then torch's compiler, for whoever wants it.
+LEAN = """
+import sys
+import torch
+import tiltscope
+bundle = tiltscope.load("emoji64")
+bundle.prior
+bundle.pool.activations(bundle.feature("blocks.5:sae:1169"))
+assert not {"torch._dynamo", "pandas"} & set(sys.modules), "seconds of a start"
+assert torch.compile(torch.sin, backend="eager")(torch.zeros(1)).item() == 0.0
+assert "torch._dynamo" in sys.modules
 """
 
 
@@ -49,6 +63,11 @@ def package(tmp_path, monkeypatch):
 
 def test_a_bundles_prior_is_loaded_without_the_other_models_and_they_are_there_when_asked_for():
     done = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_start_reads_neither_torchs_compiler_nor_pandas():
+    done = subprocess.run([sys.executable, "-c", LEAN], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -87,3 +106,16 @@ def test_a_package_that_is_known_stays_as_it_is(package):
     before = sys.modules[package]
     defer_siblings()
     assert sys.modules[package] is before
+
+
+def test_a_module_left_for_later_is_unknown_to_this_thread_alone(tmp_path, monkeypatch):
+    (tmp_path / "wanted_later.py").write_text("value = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with diffusers_packages._unknown("wanted_later"):
+        with pytest.raises(ModuleNotFoundError, match="wanted_later"):
+            import_module("wanted_later")
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(import_module, "wanted_later").result().value == 3
+    del sys.modules["wanted_later"]
+    assert import_module("wanted_later").value == 3
+    del sys.modules["wanted_later"]
