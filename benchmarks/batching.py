@@ -1,7 +1,8 @@
 """The batcher under a mixed stream: what unlike requests cost beside like ones, what sharing gains, and how long a request waits.
 
 Requests of one picture each: five features, three solvers, 10 to 50 rows, their own lambda and seed. Counted in sample rows a
-second, because requests differ in length.
+second, because requests differ in length; and while requests wait, because a stream has no end: in the last batches of so short a
+one, whose requests are as long as they happen to be, slots stand empty. What it is with those stands beside it ("to the end").
 
     alike        the same number of rows, all of one feature, solver and length, through the batcher
     mixed        the stream, all of it at hand
@@ -19,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ FEATURES = tuple(f"blocks.5:sae:{index}" for index in (1169, 131, 1860, 1839, 87
 SOLVERS = ("ddpm", "ddim(eta=0.5)", "dpmpp_2m_sde")
 LOADS = (0.5, 0.7, 0.9)
 GAIN_ROWS = 30
+POLL_S = 0.05
 Asked = tuple[Any, dict[str, Any]]
 RESULTS = Path(__file__).parent / "results" / "batching.jsonl"
 
@@ -76,13 +78,23 @@ def rows_of(asked: Sequence[Asked]) -> int:
     return sum(settings["steps"] for _, settings in asked)
 
 
-def batched(model: Any, asked: Sequence[Asked]) -> tuple[float, list[tiltscope.Samples]]:
-    """(sample rows a second, answers) of a stream that is all at hand."""
+class Served(NamedTuple):
+    """Sample rows a second of a stream that is all at hand: while requests waited, and over all of it."""
+
+    waiting: float
+    to_the_end: float
+    answers: list[tiltscope.Samples]
+
+
+def batched(model: Any, asked: Sequence[Asked]) -> Served:
     with tiltscope.Engine(model, max_batch=BATCH) as engine:
         started = time.perf_counter()
         tickets = [engine.submit(feature, **settings) for feature, settings in asked]
+        while (counts := engine.counts()).waiting:
+            time.sleep(POLL_S)
+        waiting = counts.advanced / (time.perf_counter() - started)
         answers = [ticket.result() for ticket in tickets]
-        return rows_of(asked) / (time.perf_counter() - started), answers
+        return Served(waiting, rows_of(asked) / (time.perf_counter() - started), answers)
 
 
 def one_by_one(prior: tiltscope.Prior, asked: Sequence[Asked], feature_of: Any) -> float:
@@ -123,7 +135,7 @@ def latencies(model: Any, asked: Sequence[Asked], rows_a_second: float) -> dict[
 
 def check_equal(model: Any, prior: tiltscope.Prior, asked: Sequence[Asked], feature_of: Any) -> None:
     """Raises SystemExit where an answer of the batcher is not its solo run's."""
-    _, answers = batched(model, asked[:4])
+    answers = batched(model, asked[:4]).answers
     for (feature, settings), answer in zip(asked[:4], answers, strict=True):
         alone = tiltscope.sample(prior, feature_of(feature), batch_size=BATCH, **settings)
         if not torch.equal(alone.x0, answer.x0):
@@ -139,11 +151,13 @@ def run_bundle(config: Config) -> dict[str, Any]:
     bundle = tiltscope.load("emoji64")
     asked = stream(FEATURES, config.num)
     check_equal(bundle, bundle.prior, asked, bundle.feature)
-    found: dict[str, list[float]] = {"alike": [], "mixed": [], "one by one": []}
+    found: dict[str, list[float]] = {name: [] for name in ("alike", "mixed", "mixed, to the end", "one by one")}
     peaks: list[float] = []
     for _ in range(config.repeats):
-        found["alike"].append(batched(bundle, alike(asked))[0])
-        found["mixed"].append(batched(bundle, asked)[0])
+        found["alike"].append(batched(bundle, alike(asked)).waiting)
+        mixed = batched(bundle, asked)
+        found["mixed"].append(mixed.waiting)
+        found["mixed, to the end"].append(mixed.to_the_end)
         found["one by one"].append(one_by_one(bundle.prior, asked, bundle.feature))
         peaks.append(peak_mib())
     rate = {name: float(np.median(values)) for name, values in found.items()}
@@ -171,7 +185,7 @@ def run_stub() -> dict[str, Any]:
     asked = stream([world.feature], 2000)
     batched(prior, asked[:100])
     before = peak_mib()
-    rate, _ = batched(prior, asked[:1000])
+    rate = batched(prior, asked[:1000]).to_the_end
     middle = peak_mib()
     batched(prior, asked[1000:])
     facts = {"us_a_tick": 1e6 * BATCH / rate, "peak_growth_mib": [middle - before, peak_mib() - middle]}

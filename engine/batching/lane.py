@@ -22,7 +22,9 @@ from tiltscope.engine.sampler.tick import one_graph_serves_both, tick
 from tiltscope.kernels.dispatch import count_calls
 
 # A graph that samples wait for runs after so many ticks of the others at the latest.
-PATIENCE = 4
+PATIENCE = 8
+# A tick of the unguided graph, in ticks of the guided one: a forward pass beside two networks and back (benchmarks/budget.py).
+COST = {GraphKind.GUIDED: 1.0, GraphKind.UNGUIDED: 0.3}
 
 
 def step_key(feature: Feature) -> object:
@@ -56,7 +58,7 @@ class Lane:
         self.batch: Batch | None = None
         self.last_size = 0
         self._one_graph = one_graph_serves_both(run.programme)
-        self._passed: dict[int, int] = {}
+        self._passed: dict[GraphKind, int] = {}
 
     @property
     def idle(self) -> bool:
@@ -111,17 +113,27 @@ class Lane:
         self._scatter()
 
     def _choose(self) -> tuple[Sample, ...]:
-        """The graph that fills a batch best, or one that has waited too long; its samples, those of the last batch first."""
-        by_kind: dict[int, list[Sample]] = {}
+        """Samples of one graph, those of the last batch first: of the one that fills a batch, else of the one that advances most
+        rows in its time, or of one that has waited too long.
+        """
+        by_kind: dict[GraphKind, list[Sample]] = {}
         for sample in self.live:
             by_kind.setdefault(sample.kind, []).append(sample)
-        few = 0 < len(by_kind.get(GraphKind.UNGUIDED, ())) < self.capacity
-        if few and GraphKind.GUIDED in by_kind and self._one_graph:
-            # A first row, of noise alone, is unguided: too few of them for a batch of their own ride in the guided one.
-            by_kind = {GraphKind.GUIDED: self.live}
+        guided, unguided = (by_kind.get(kind, []) for kind in (GraphKind.GUIDED, GraphKind.UNGUIDED))
+        if guided and self._one_graph and max(len(guided), len(unguided)) < self.capacity:
+            # In room that the guided batch leaves, rows of the other graph cost nothing; where there is not enough for all,
+            # a call of their own may get more rows done in its time.
+            alone, together = len(unguided) / COST[GraphKind.UNGUIDED], self.capacity / COST[GraphKind.GUIDED]
+            if len(self.live) <= self.capacity or alone < together:
+                by_kind = {GraphKind.GUIDED: [*guided, *unguided]}
         self._passed = {kind: self._passed.get(kind, 0) + 1 for kind in by_kind}
         overdue = [kind for kind in by_kind if self._passed[kind] > PATIENCE]
-        kind = max(overdue or by_kind, key=lambda k: (min(len(by_kind[k]), self.capacity), self._passed[k]))
+
+        def worth(kind: GraphKind) -> tuple[bool, float]:
+            num = len(by_kind[kind])
+            return (True, self._passed[kind]) if num >= self.capacity else (False, num / COST[kind])
+
+        kind = max(overdue or by_kind, key=worth)
         self._passed[kind] = 0
         last = () if self.batch is None else self.batch.samples
         stay = [sample for sample in last if sample in by_kind[kind]]

@@ -64,9 +64,9 @@ class Sample:
         return self.row >= self.plan.num_rows
 
     @property
-    def kind(self) -> int:
+    def kind(self) -> GraphKind:
         """The graph of its next row."""
-        return int(self.plan.kind[self.row]) if self._guided else int(GraphKind.UNGUIDED)
+        return GraphKind(self.plan.kind[self.row]) if self._guided else GraphKind.UNGUIDED
 
 
 class Request:
