@@ -266,6 +266,7 @@ def main(config: Config) -> None:
         RESULTS / "peers.jsonl",
         "peers",
         feature=config.feature,
+        prior=prior.identity,
         target=target,
         num=config.num,
         deepinv=version("deepinv"),
