@@ -28,9 +28,11 @@ class Autoguided:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        x0_hat = denoise(self.network, x, t)
-        w = self.weight * share(t, *self.levels)[:, None, None, None]
-        guided = (t > self.levels[0]).nonzero()[:, 0]
-        if len(guided):
-            x0_hat[guided] += w[guided] * (x0_hat[guided] - denoise(self.early, x[guided], t[guided]))
-        return x0_hat
+        # Whatever precision the pupil learns in: here rounding would be multiplied by the weight.
+        with torch.autocast(x.device.type, enabled=False):
+            x0_hat = denoise(self.network, x, t)
+            w = self.weight * share(t, *self.levels)[:, None, None, None]
+            guided = (t > self.levels[0]).nonzero()[:, 0]
+            if len(guided):
+                x0_hat[guided] += w[guided] * (x0_hat[guided] - denoise(self.early, x[guided], t[guided]))
+            return x0_hat

@@ -235,7 +235,7 @@ def train(rank: int, config: Config, precision: str) -> None:
         if step % 50 == 0:
             log_line(config.out / "log.jsonl", {"step": step, "seconds": clock.total, "lr": lr, **running})
             running = {}
-        if share > EARLY_SHARE and not (config.out / "early").exists():
+        if config.warm_start is None and share > EARLY_SHARE and not (config.out / "early").exists():
             export(average, config.out / "early")
         if time.monotonic() - saved > 180:
             save()

@@ -52,6 +52,26 @@ def test_the_early_network_is_called_on_guided_levels_alone(levels: list[float],
     assert [t.tolist() for t in early.asked] == ([] if asked is None else [asked])
 
 
+class Mixed(nn.Conv2d):
+    """A network whose one operation autocast would round."""
+
+    def __init__(self) -> None:
+        super().__init__(48, 48, 1)
+
+    def forward(self, x: Tensor, t: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (super().forward(x),)
+
+
+def test_the_teacher_is_not_rounded_where_its_pupil_is() -> None:
+    torch.manual_seed(0)
+    teach = Autoguided(Mixed(), Mixed(), weight=2.0, levels=LEVELS)
+    x, t = pictures(2), torch.tensor([500.0, 900.0])
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = teach(x, t)
+    assert answer.dtype == torch.float32
+    torch.testing.assert_close(answer, teach(x, t), rtol=0, atol=0)
+
+
 def test_a_network_that_answers_as_its_teacher_has_no_loss() -> None:
     angles, config = level_angles(build_scheduler()), Config()
 
