@@ -20,7 +20,9 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import claim
+import fidelity
 import numpy as np
+import posterior_mean
 import pyarrow.parquet as pq
 import torch
 from measure import BATCH, NUM_SHOWN, embed_pool, measure_prior, measure_recovered, measure_trunk
@@ -40,9 +42,12 @@ from tiltscope.engine.files import describe_files
 from tiltscope.engine.tilt.calibrate import default_target, estimates
 
 HERE = Path(__file__).parent
-Part = Literal["trunk", "prior", "features", "claim", "calibrations"]
-PARTS: tuple[Part, ...] = ("trunk", "prior", "features", "claim", "calibrations")
+Part = Literal["trunk", "prior", "posterior", "features", "claim", "fidelity", "calibrations"]
+PARTS: tuple[Part, ...] = ("trunk", "prior", "posterior", "features", "claim", "fidelity", "calibrations")
+# Figures under the part's own name.
+CARD_NEEDS: tuple[Part, ...] = ("prior", "posterior", "features", "claim", "fidelity")
 NUM_BEST = 50
+NUM_POSTERIOR = 96
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +222,8 @@ def write_card(path: Path, facts: dict[str, Any]) -> None:
             sae=SimpleNamespace(**reference["sae"]),
             features=SimpleNamespace(**reference["features"]),
             histograms=SimpleNamespace(**reference["histograms"]),
+            posterior=posterior_mean.table(reference["posterior"]),
+            num_posterior=NUM_POSTERIOR,
             prior_runner=reference.get("prior_runner", "not recorded"),
             claim_runner=reference.get("claim_runner", "not recorded"),
             recovered=reference["cls_recovered_heldout"],
@@ -227,6 +234,9 @@ def write_card(path: Path, facts: dict[str, Any]) -> None:
             distances="\n".join(f"| {q} % | {a:.3f} | {b:.3f} |" for q, a, b in distances),
             tries="\n".join(f"| {t['what']} | {t['hours']} | {t['kid']} | {t['seen']} |" for t in tries),
             claim=claim.table(reference["claim"]),
+            fidelity=fidelity.table(reference["fidelity"]),
+            nearer_unguided=fidelity.nearer(reference["fidelity"], "unguided"),
+            nearer_actmax=fidelity.nearer(reference["fidelity"], "actmax"),
             num_more_natural=sum(r["more_natural"] for r in reference["claim"]),
             num_above=sum(r["above_p99"] for r in reference["claim"]),
             num_matched=sum(r["matched"] for r in reference["claim"]),
@@ -258,10 +268,19 @@ def measure(config: Config, bundle: Bundle, part: Part) -> tuple[dict[str, Any],
         x0 = draw_unguided(config, config.num)
         figures["prior"], pictures = measure_prior(config.data, bundle.evaluator(), x0)
         figures["histograms"] = histogram_figures(bundle, x0)
+    if part == "posterior":
+        heldout = np.flatnonzero(bundle.pool.heldout)[:NUM_POSTERIOR].tolist()
+        figures["posterior"] = posterior_mean.second_order(bundle.prior, bundle.pool.x0(heldout))
     if part == "features":
         figures["features"], figures["best_features"], pictures["features"] = feature_figures(bundle)
     if part == "claim":
         figures["claim"], pictures["guided"] = claim_figures(bundle, config)
+    if part == "fidelity":
+        drawn = json.loads((folder / "bundle.json").read_text())["reference"]["claim"]
+        tasks = [
+            {"num": config.num_claim} | {name: row[name] for name in ("feature", "target", "lam")} for row in drawn
+        ]
+        figures["fidelity"] = list(deal(config, fidelity.fidelity_row, tasks))
     if part in ("prior", "claim"):
         figures[f"{part}_runner"] = config.runner
     return figures, pictures
@@ -271,6 +290,10 @@ def main(config: Config) -> None:
     prepare_machine(config.processes)
     bundle = tiltscope.load(str(config.bundle))
     facts = json.loads((config.bundle / "bundle.json").read_text())
+    if missing := [part for part in CARD_NEEDS if part not in facts["reference"] and part not in config.parts]:
+        raise SystemExit(
+            f"--parts: the card shows {', '.join(missing)} too, and this bundle has no such figures; add them"
+        )
     for part in config.parts:
         # Kept as soon as it is there: the whole takes the better part of an hour.
         figures, pictures = measure(config, bundle, part)
