@@ -9,10 +9,13 @@ Naturalness asks whether a picture could be real; this asks whether the pictures
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.metrics.pairwise import polynomial_kernel
+from sklearn.preprocessing import normalize
 
 import tiltscope
 from tiltscope.engine.bundle import Bundle
@@ -40,10 +43,7 @@ def weights(natural: Rows, target: float) -> Rows:
 
 def distance(samples: Rows, pool: Rows, w: Rows) -> float:
     """Unbiased MMD^2 between samples [n, d] and the pool's rows [m, d] of weights w [m], both of unit length."""
-
-    def kernel(a: Rows, b: Rows) -> Rows:
-        return (a @ b.T + 1) ** 3
-
+    kernel = partial(polynomial_kernel, degree=3, gamma=1, coef0=1)
     n, within, of_pool = len(samples), kernel(samples, samples), kernel(pool, pool)
     pairs = np.outer(w, w)
     np.fill_diagonal(pairs, 0.0)
@@ -55,8 +55,7 @@ def fidelity_row(bundle: Bundle, runner: str, task: dict[str, Any]) -> dict[str,
     """One feature of the claim: its pictures again (same seeds, same lambda), its rivals, and each set's distance to q*."""
     feature, num = bundle.feature(task["feature"]), task["num"]
     natural = np.asarray(bundle.pool.activations(feature), np.float64)
-    w, pool = weights(natural, task["target"]), np.asarray(bundle.pool.embeddings(), np.float64)
-    pool = pool / np.linalg.norm(pool, axis=1, keepdims=True)
+    w, pool = weights(natural, task["target"]), normalize(np.asarray(bundle.pool.embeddings(), np.float64))
     drawn = {
         name: tiltscope.sample(bundle.prior, feature, num=num, lam=lam, runner=runner)
         for name, lam in (("tilt", task["lam"]), ("unguided", 0.0))

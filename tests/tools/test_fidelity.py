@@ -5,8 +5,8 @@ import pytest
 from fidelity import distance, nearer, table, weights
 
 
-def rows(seed: int, num: int, towards: float = 0.0) -> np.ndarray:
-    drawn = np.random.default_rng(seed).standard_normal((num, 6)) + towards * np.eye(6)[0]
+def rows(seed: int, num: int) -> np.ndarray:
+    drawn = np.random.default_rng(seed).standard_normal((num, 6))
     return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
 
 
@@ -27,18 +27,16 @@ def test_it_is_the_sum_over_pairs_written_out() -> None:
 
 
 def test_draws_of_the_weighted_distribution_are_at_no_distance_and_others_are() -> None:
-    pool = rows(3, 800)
-    w = np.exp(2.0 * pool[:, 0])
-    w /= w.sum()
-    rng = np.random.default_rng(4)
-    of_tilt = [distance(rows(9, 800)[rng.choice(800, 40, p=_tilted(9))], pool, w) for _ in range(40)]
+    pool, others, rng = rows(3, 800), rows(9, 800), np.random.default_rng(4)
+    w, p = tilted(pool), tilted(others)
+    of_tilt = [distance(others[rng.choice(800, 40, p=p)], pool, w) for _ in range(40)]
     unguided = [distance(rows(100 + at, 40), pool, w) for at in range(40)]
     assert abs(np.mean(of_tilt)) < 4 * np.std(of_tilt) / 40**0.5
     assert np.mean(unguided) > 10 * np.std(unguided) / 40**0.5
 
 
-def _tilted(seed: int) -> np.ndarray:
-    w = np.exp(2.0 * rows(seed, 800)[:, 0])
+def tilted(pool: np.ndarray) -> np.ndarray:
+    w = np.exp(2.0 * pool[:, 0])
     return w / w.sum()
 
 
