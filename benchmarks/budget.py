@@ -58,15 +58,14 @@ class Candidate(NamedTuple):
 
 CANDIDATES = (
     Candidate(25, "native"),
-    Candidate(25, "native", (0.5, 0.97)),
     Candidate(10, "native"),
     Candidate(12, "linear_beta", (0.0, 0.99)),
     Candidate(10, "linear_beta"),
     Candidate(10, "linear_beta", (0.0, 0.99)),
-    Candidate(10, "log_snr(low=-5.0, high=1.2)", (0.0, 0.99)),
     Candidate(8, "linear_beta"),
     Candidate(8, "linear_beta", (0.0, 0.99)),
     Candidate(7, "linear_beta"),
+    Candidate(6, "linear_beta", (0.0, 0.99)),
 )
 
 
@@ -234,7 +233,6 @@ def main(config: Config) -> None:
         runner=config.runner,
         seconds_a_row=costs,
         candidates=lines,
-        held_to="the most natural line",
         choice=chosen(lines, len(of_feature)),
         features=of_feature,
     )

@@ -147,8 +147,8 @@ def budget() -> Iterator[str]:
         + f" {line['num']} pictures of each of {names}, at one mean activation each."
     )
     yield (
-        f"Behind: naturalness less that of {line.get('held_to', 'the first line')}, mean over features "
-        "and its standard error. Detail: mean absolute Laplacian, 1 as in held-out pictures. "
+        "Behind: naturalness less that of the most natural line, mean over features and its standard error. "
+        "Detail: mean absolute Laplacian, 1 as in held-out pictures. "
         f"Cost: a guided row takes {costs['guided']:.3f} s a picture, an unguided one {costs['unguided']:.3f} s."
     )
     base = line["candidates"][0]["seconds"]

@@ -17,7 +17,7 @@ from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import claim
 import fidelity
@@ -42,10 +42,16 @@ from tiltscope.engine.files import describe_files
 from tiltscope.engine.tilt.calibrate import default_target, estimates
 
 HERE = Path(__file__).parent
-Part = Literal["trunk", "prior", "posterior", "features", "claim", "fidelity", "calibrations"]
-PARTS: tuple[Part, ...] = ("trunk", "prior", "posterior", "features", "claim", "fidelity", "calibrations")
-# Figures under the part's own name.
-CARD_NEEDS: tuple[Part, ...] = ("prior", "posterior", "features", "claim", "fidelity")
+Part = Literal["trunk", "prior", "posterior", "features", "claim", "calibrations"]
+PARTS: tuple[Part, ...] = ("trunk", "prior", "posterior", "features", "claim", "calibrations")
+# Figures that the card shows, and the part that measures each.
+CARD_NEEDS: dict[str, Part] = {
+    "prior": "prior",
+    "posterior": "posterior",
+    "features": "features",
+    "claim": "claim",
+    "fidelity": "claim",
+}
 NUM_BEST = 50
 NUM_POSTERIOR = 96
 
@@ -153,22 +159,36 @@ def feature_figures(bundle: Bundle) -> tuple[dict[str, Any], list[dict[str, Any]
     return counts, rows, labelled(pictures, label_px=150)
 
 
-def claim_row(bundle: Bundle, runner: str, task: tuple[str, int]) -> tuple[dict[str, Any], torch.Tensor]:
-    """A feature's row of the claim's table, and eight of its guided samples."""
+class Claimed(NamedTuple):
+    """Of one feature: its row of the claim's table, its distances to the exact tilt, eight of its guided samples."""
+
+    row: dict[str, Any]
+    fidelity: dict[str, Any]
+    shown: torch.Tensor
+
+
+def claim_row(bundle: Bundle, runner: str, task: tuple[str, int]) -> Claimed:
     address, num = task
-    found = claim.explain_at_target(bundle, address, num=num, runner=runner)
-    return claim.row_of(*found), found[0].answers["tilt"].x0[:8]
+    explanation, target, p99 = claim.explain_at_target(bundle, address, num=num, runner=runner)
+    alone = unguided(bundle, runner, range(num))
+    return Claimed(
+        claim.row_of(explanation, target, p99),
+        fidelity.row_of(bundle, explanation, target, alone),
+        explanation.answers["tilt"].x0[:8],
+    )
 
 
-def claim_figures(bundle: Bundle, config: Config) -> tuple[list[dict[str, Any]], Image.Image]:
-    """The claim's table, and eight guided samples of each feature that it looks at (64 in all)."""
-    rows, pictures = [], []
+def claim_figures(bundle: Bundle, config: Config) -> tuple[dict[str, Any], Image.Image]:
+    """The claim's table, the distances to the exact tilt, and eight guided samples of each feature (64 in all)."""
+    figures: dict[str, Any] = {"claim": [], "fidelity": []}
+    pictures = []
     tasks = [(address, config.num_claim) for address in claim.chosen_features(bundle)]
-    for row, x0 in deal(config, claim_row, tasks):
-        rows.append(row)
+    for row, distances, x0 in deal(config, claim_row, tasks):
+        figures["claim"].append(row)
+        figures["fidelity"].append(distances)
         pictures.append((f"{row['feature']}\n{row['name'] or 'no name'}", to_pictures(x0)))
-        print(json.dumps(row), flush=True)
-    return rows, labelled(pictures[: NUM_SHOWN // 8], label_px=150)
+        print(json.dumps(row | distances), flush=True)
+    return figures, labelled(pictures[: NUM_SHOWN // 8], label_px=150)
 
 
 def calibrations(bundle: Bundle, features: tuple[str, ...]) -> dict[str, Any]:
@@ -274,23 +294,23 @@ def measure(config: Config, bundle: Bundle, part: Part) -> tuple[dict[str, Any],
     if part == "features":
         figures["features"], figures["best_features"], pictures["features"] = feature_figures(bundle)
     if part == "claim":
-        figures["claim"], pictures["guided"] = claim_figures(bundle, config)
-    if part == "fidelity":
-        drawn = json.loads((folder / "bundle.json").read_text())["reference"]["claim"]
-        tasks = [
-            {"num": config.num_claim} | {name: row[name] for name in ("feature", "target", "lam")} for row in drawn
-        ]
-        figures["fidelity"] = list(deal(config, fidelity.fidelity_row, tasks))
+        found, pictures["guided"] = claim_figures(bundle, config)
+        figures |= found
     if part in ("prior", "claim"):
         figures[f"{part}_runner"] = config.runner
     return figures, pictures
+
+
+def missing_parts(reference: dict[str, Any], asked: Sequence[Part]) -> list[Part]:
+    """Parts that the card needs and that were neither measured before nor are asked for."""
+    return sorted({part for figure, part in CARD_NEEDS.items() if figure not in reference and part not in asked})
 
 
 def main(config: Config) -> None:
     prepare_machine(config.processes)
     bundle = tiltscope.load(str(config.bundle))
     facts = json.loads((config.bundle / "bundle.json").read_text())
-    if missing := [part for part in CARD_NEEDS if part not in facts["reference"] and part not in config.parts]:
+    if missing := missing_parts(facts["reference"], config.parts):
         raise SystemExit(
             f"--parts: the card shows {', '.join(missing)} too, and this bundle has no such figures; add them"
         )

@@ -16,16 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.preprocessing import normalize
+from torch import Tensor
 
-import tiltscope
 from tiltscope.engine.bundle import Bundle
 from tiltscope.engine.report.metrics import embed
-from tiltscope.engine.tilt.actmax import activation_maximisation, natural_magnitude
+from tiltscope.engine.samples import Explanation
 from tiltscope.engine.tilt.calibrate import calibrate, largest_reachable
 
 Rows = NDArray[np.float64]
-# Natural pictures whose mean spectrum activation maximisation keeps.
-MAGNITUDE_NUM = 256
 ROUNDING = 1e-9
 SETS = ("tilt", "unguided", "topk", "actmax")
 
@@ -51,27 +49,17 @@ def distance(samples: Rows, pool: Rows, w: Rows) -> float:
     return float(of_samples + (pairs * of_pool).sum() / pairs.sum() - 2 * (kernel(samples, pool) @ w).mean())
 
 
-def fidelity_row(bundle: Bundle, runner: str, task: dict[str, Any]) -> dict[str, Any]:
-    """One feature of the claim: its pictures again (same seeds, same lambda), its rivals, and each set's distance to q*."""
-    feature, num = bundle.feature(task["feature"]), task["num"]
-    natural = np.asarray(bundle.pool.activations(feature), np.float64)
-    w, pool = weights(natural, task["target"]), normalize(np.asarray(bundle.pool.embeddings(), np.float64))
-    drawn = {
-        name: tiltscope.sample(bundle.prior, feature, num=num, lam=lam, runner=runner)
-        for name, lam in (("tilt", task["lam"]), ("unguided", 0.0))
-    }
-    rows = {name: embed(bundle, samples.x0) for name, samples in drawn.items()}
-    rows["topk"] = pool[np.argsort(-natural, kind="stable")[:num]]
-    magnitude = natural_magnitude(bundle.pool.x0(range(min(MAGNITUDE_NUM, bundle.pool.num))))
-    maximised = activation_maximisation(
-        feature, shape=bundle.prior.shape, num=num, target_mean=task["target"], seed=0, magnitude=magnitude
-    )
-    rows["actmax"] = embed(bundle, maximised.x0)
+def row_of(bundle: Bundle, explanation: Explanation, target: float, unguided: Tensor) -> dict[str, Any]:
+    """Of one explained feature: each answer's distance to q*, beside that of `unguided` pictures x0 [num, *shape]."""
+    tilt = explanation.answers["tilt"]
+    natural = np.asarray(bundle.pool.activations(bundle.feature(explanation.feature)), np.float64)
+    w, pool = weights(natural, target), normalize(np.asarray(bundle.pool.embeddings(), np.float64))
+    pictures = {name: explanation.answers[name].x0 for name in ("tilt", "topk", "actmax")} | {"unguided": unguided}
     return {
-        "feature": task["feature"],
+        "feature": explanation.feature,
         "fires_exact": float(w[natural > 0].sum()),
-        "fires": float((drawn["tilt"].activation > 0).double().mean()),
-        "distance": {name: distance(rows[name], pool, w) for name in SETS},
+        "fires": float((tilt.activation > 0).double().mean()),
+        "distance": {name: distance(embed(bundle, x0), pool, w) for name, x0 in pictures.items()},
     }
 
 

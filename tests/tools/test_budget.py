@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import budget
 import pytest
+import torch
+from matching import Drawn
 
 FEATURES = ("a", "b")
 
@@ -43,3 +46,34 @@ def test_one_that_misses_a_target_is_neither_chosen_nor_the_best(monkeypatch: py
     assert choice(monkeypatch, missed, both(-0.3)) == 1
     with pytest.raises(SystemExit, match="no candidate reaches"):
         choice(monkeypatch, missed)
+
+
+def test_a_search_starts_at_a_former_runs_strength_else_at_the_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never at the last candidate's: its strength may lie beyond where the mean still rises."""
+    candidates = [budget.Candidate(rows, "native") for rows in (25, 10, 8)]
+    starts: list[float] = []
+
+    def match(draw: object, activation: object, target: float, start: float) -> Drawn:
+        starts.append(start)
+        return Drawn(strength=99.0, x0=torch.zeros(1), mean=target, se=0.1, matched=True, tries=1)
+
+    replaced = {
+        "CANDIDATES": candidates,
+        "match": match,
+        "inquire": lambda *_: SimpleNamespace(run=SimpleNamespace(lam=1.5), target=7.0),
+        "asked": lambda *_: None,
+        "kinds": lambda _: (3, 1),
+        "naturalness": lambda *_: (-0.5, 0.1),
+        "detail": lambda *_: 0.9,
+        "activation_of": lambda _: None,
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(budget, name, value)
+    bundle = SimpleNamespace(feature=lambda address: address)
+    found = budget.measure(bundle, "f", budget.Config(), {candidates[1]: 4.0})  # pyright: ignore[reportArgumentType]
+    assert starts == [1.5, 4.0, 1.5]
+    assert [(each["steps"], each["strength"], each["guided"]) for each in found] == [
+        (25, 99.0, 3),
+        (10, 99.0, 3),
+        (8, 99.0, 3),
+    ]
