@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from autoguidance import Autoguided, Levels
+from autoguidance import Autoguided
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from prior_network import build_scheduler, build_unet, denoise, export, level_angles, load_unet
 from torch import Tensor, nn
@@ -84,9 +84,9 @@ class Config:
     warm_start: Path | None = None
     early: Path | None = None
     """an earlier export of this prior: the network learns what `warm_start` guided by it would answer (autoguidance.py)"""
-    guidance: float = 1.5
-    guided_levels: Levels = (400.0, 600.0, 750.0, 900.0)
-    """where that guidance sets in, is full, fades and ends"""
+    guidance: float = 1.75
+    guided_levels: tuple[float, float] = (400.0, 600.0)
+    """where that guidance sets in, and is full"""
     max_steps: int = 10**9
 
 
