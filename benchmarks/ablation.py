@@ -5,7 +5,11 @@
     per sample         no clipping, no mean over the batch: every picture is pushed by its own activation
     tilt               the push of a constant lambda in place of a constant scale                            (preset calibrated)
     25 rows            a quarter of the rows
-    fast               ten rows, half of them where layout and colour are settled (grid linear_beta)          (preset fast)
+    10 rows            ten rows, half of them where layout and colour are settled (grid linear_beta)
+    noisiest unguided  those above sigma = .99 are not guided
+    8 rows, 6 rows     fewer of these
+
+The preset fast is the row that benchmarks/budget.py chose on more features than this one (engine/presets.py names it).
 
 Each row's strength is found by dual ascent on its own draws, the first one's from the second's and then by secant steps; with
 --former from the strengths of that file's last line, by secant steps alone. Memory is that of a guided row, as foreseen
@@ -42,6 +46,8 @@ MAX_TRIES = 4
 FIRST_SCALE = 0.02
 PUBLISHED: dict[str, Any] = {"preset": "paper_exact", "log_tilt": "capped(cap=20.0)"}
 PER_SAMPLE: dict[str, Any] = {"lift": "dps", "log_tilt": "linear"}
+FEW: dict[str, Any] = {"preset": "calibrated", "grid": "linear_beta"}
+QUIET: dict[str, Any] = {"guidance_interval": (0.0, 0.99)}
 # name: the settings that differ from the preset calibrated
 STAGES: dict[str, dict[str, Any]] = {
     "published": PUBLISHED,
@@ -49,7 +55,10 @@ STAGES: dict[str, dict[str, Any]] = {
     "per sample": PUBLISHED | PER_SAMPLE | {"steps": 100},
     "tilt": {"preset": "calibrated"},
     "25 rows": {"preset": "calibrated", "steps": 25},
-    "fast": {"preset": "fast"},
+    "10 rows": FEW | {"steps": 10},
+    "noisiest unguided": FEW | QUIET | {"steps": 10},
+    "8 rows": FEW | QUIET | {"steps": 8},
+    "6 rows": FEW | QUIET | {"steps": 6},
 }
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 

@@ -27,7 +27,7 @@ from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.prepare import prepare
 from tiltscope.engine.prior.prior import to_pixels
 from tiltscope.engine.report.manifest import complete
-from tiltscope.engine.report.metrics import measure, prior_warning
+from tiltscope.engine.report.metrics import measure, prior_warning, standard_error
 from tiltscope.engine.run import OnStep, Run, check_any_finite, failures
 from tiltscope.engine.samples import Explanation, Samples, join
 from tiltscope.engine.tilt.actmax import activation_maximisation, natural_magnitude
@@ -246,7 +246,7 @@ def answer(inquiry: Inquiry, *, on_step: OnStep | None = None, on_part: OnPart |
             )
             for name, each in answers.items()
         }
-    prior_se = float(prior_activation.std(ddof=1) / len(prior_activation) ** 0.5)
+    prior_se = standard_error(prior_activation, natural)
     warnings = [
         prior_warning(float(natural.mean()), float(prior_activation.mean()), prior_se),
         inquiry.calibration.reason or None,

@@ -61,7 +61,7 @@ def peers() -> Iterator[str]:
             told = way[f"seconds_{num}"]["p50"]
             cells.append(f"{told:.2f} ({told / base[f'seconds_{num}']['p50']:.2f}x)")
         rows.append([*cells, way["cannot"] or "-"])
-    if line.get("prior", bundled_prior()) != bundled_prior():  # older lines do not name it
+    if line.get("prior") != bundled_prior():  # lines that name none are of priors before
         yield (
             "**Of an earlier prior of the bundle**, and the preset `fast` of then; not measured on the present one: times of a "
             "row hold, strengths and naturalness are that prior's."

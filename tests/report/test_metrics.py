@@ -25,6 +25,7 @@ from tiltscope.engine.report.metrics import (
     percentile,
     prior_warning,
     selectivity_rank,
+    standard_error,
     vendi_score,
 )
 from tiltscope.engine.samples import Samples
@@ -235,6 +236,17 @@ def test_a_prior_that_is_not_the_pools_is_told_beyond_three_standard_errors() ->
     warning = prior_warning(1.0, 1.31, 0.1)
     assert warning is not None
     assert "1.31 ± 0.1" in warning
+
+
+def test_draws_of_a_rare_feature_that_are_all_zero_are_no_disagreement() -> None:
+    natural = np.zeros(100)
+    natural[:2] = 8.0
+    silent, loud = np.zeros(32), np.full(32, 8.0)
+    assert standard_error(silent, natural) == pytest.approx(natural.std(ddof=1) / 32**0.5)
+    assert prior_warning(natural.mean(), silent.mean(), standard_error(silent, natural)) is None
+    assert prior_warning(natural.mean(), loud.mean(), standard_error(loud, natural)) is not None
+    spread = np.array([0.0, 20.0] * 16)
+    assert standard_error(spread, natural) == pytest.approx(spread.std(ddof=1) / 32**0.5)
 
 
 def test_ess_in_words() -> None:
