@@ -132,10 +132,15 @@ class Run:
                 break
         return self.collect(state if replaying is None else replaying.state, num, finished=finished)
 
-    def collect(self, state: SlotState, num: int, *, finished: bool) -> Samples:
-        """The first `num` samples of slots that have done their rows, measured; the rest of the slots is padding."""
+    def collect(
+        self, state: SlotState, num: int, *, finished: bool, measured: tuple[Tensor, Tensor] | None = None
+    ) -> Samples:
+        """The first `num` samples of slots that have done their rows; the rest of the slots is padding.
+
+        measured: what `measure` said of these slots, where it was asked already.
+        """
         # The first and only time the host asks the device: the rows are done.
-        activation, drive = (each.cpu() for each in self._measure(state))
+        activation, drive = (each.cpu() for each in measured or measure(state, self.programme))
         state = state.to(CPU)
         particles = self.config.particles
         here = replace(self.programme, device=CPU, kernels="reference")
@@ -192,16 +197,6 @@ class Run:
         guided = guided if lift.moves_x0 else guided * (lam != 0)
         return rows + guided * (lift.nfe - 1), guided * lift.n_vjp
 
-    def _measure(self, state: SlotState) -> tuple[Tensor, Tensor]:
-        """(activation, drive) of the finished pictures, a bucket a call."""
-        parts: list[tuple[Tensor, Tensor]] = []
-        for at in range(0, len(state.x), self.config.bucket):
-            part = slice(at, at + self.config.bucket)
-            readout = None if state.readout is None else state.readout[part]
-            parts.append(self.programme.step.measure(state.x[part], readout))
-        activation, drive = (torch.cat(each) for each in zip(*parts, strict=True))
-        return activation, drive
-
     def evidence(self, log_z: ArrayLike, phi: ArrayLike, ess: ArrayLike) -> dict[str, Any]:
         """log_z, kl and ess as the particles of many samples give them, for a manifest; {} where lambda differs between them."""
         found = None if isinstance(self.lam, dict) else combine(log_z, phi, ess, self.lam)
@@ -252,6 +247,17 @@ class Run:
         for (operation, implementation), calls in sorted(self.calls.items()):
             found.setdefault(operation, {})[implementation] = calls
         return {"kernel_calls": found, "graphs": None if self.graphed is None else self.graphed.report()}
+
+
+def measure(state: SlotState, programme: Programme) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
+    """(activation, drive) of the finished pictures, a bucket a call."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    for at in range(0, len(state.x), programme.bucket):
+        part = slice(at, at + programme.bucket)
+        readout = None if state.readout is None else state.readout[part]
+        parts.append(programme.step.measure(state.x[part], readout))
+    activation, drive = (torch.cat(each) for each in zip(*parts, strict=True))
+    return activation, drive
 
 
 def failures(samples: Samples, plan: Plan) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from tiltscope.engine.run import Run
 from tiltscope.engine.sampler.state import SLOT_TENSORS, HostRows, SlotState
 from tiltscope.engine.tilt.ascent import Ascent
 
-FORMAT = "tiltscope batch 1"
+FORMAT = "tiltscope batch 2"
 
 
 def write_checkpoint(path: Path, requests: Sequence[Request]) -> None:
@@ -30,9 +30,8 @@ def write_checkpoint(path: Path, requests: Sequence[Request]) -> None:
     facts, tensors = list[dict[str, Any]](), dict[str, Tensor]()
     for at, request in enumerate(requests):
         facts.append(_facts(request))
-        slots = {index: sample.state for index, sample in request.live.items()} | request.finished
-        for index, state in slots.items():
-            tensors |= {f"{at}.{index}.{name}": getattr(state, name).clone() for name in SLOT_TENSORS}
+        for index, sample in (request.live | request.finished).items():
+            tensors |= {f"{at}.{index}.{name}": getattr(sample.state, name).clone() for name in SLOT_TENSORS}
     write_bytes(path, save(tensors, {"format": FORMAT, "requests": json.dumps(facts)}))
 
 
@@ -71,8 +70,8 @@ def _facts(request: Request) -> dict[str, Any]:
         "lam": list(run.lam.items()) if isinstance(run.lam, dict) else run.lam,
         "ascent": None if run.ascent is None else run.ascent.to_json(),
         "waiting": list(request.waiting),
-        "live": {index: sample.row for index, sample in request.live.items()},
-        "finished": list(request.finished),
+        # Those that are done are among them: they are measured again, with the same result.
+        "started": {index: sample.row for index, sample in (request.live | request.finished).items()},
     }
 
 
@@ -101,9 +100,7 @@ def _request(
     request = Request(run, name=facts["name"])
     request.waiting.clear()
     request.waiting.extend(facts["waiting"])
-    for index in facts["finished"]:
-        request.finished[index] = _slots(run, tensors, f"{at}.{index}", run.plan.num_rows)
-    for index, row in facts["live"].items():
+    for index, row in facts["started"].items():
         request.live[int(index)] = Sample(request, int(index), _slots(run, tensors, f"{at}.{index}", row), row)
     return request
 

@@ -26,6 +26,7 @@ from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.prepare import DTYPES, calibrated, device_and_kernels, prepare
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime.runners import Gated
+from tiltscope.engine.runtime.threads import release_threads
 from tiltscope.engine.samples import Samples
 
 # Settings that the engine gives every request.
@@ -88,6 +89,7 @@ class Engine:
         self._preparing = threading.Lock()
         self._closing = False
         self._names = itertools.count()
+        release_threads()  # what loaded the networks
         # Threads of a tensor operation are a setting of the thread that calls it.
         self._num_threads = torch.get_num_threads()
         self._thread: threading.Thread | None = None
@@ -127,6 +129,8 @@ class Engine:
         except BaseException:
             self._release(config.num)
             raise
+        finally:
+            release_threads()
         return request.ticket
 
     async def sample(self, feature: str | Feature, **asked: Any) -> Samples:
@@ -256,6 +260,7 @@ class Engine:
                 busy = self._scheduler.step()
             if busy:
                 continue
+            release_threads()
             with self._changed:
                 self._changed.wait_for(lambda: self._incoming or self._closing)
                 if self._closing and not self._incoming:

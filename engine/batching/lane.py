@@ -3,7 +3,7 @@
 Two samples share a lane where one step serves both: the same trunk and hook (or the same custom feature), as many summed rows,
 the same lift and number of particles. A tick advances samples whose next rows need the same graph, or take the same bits from it,
 so that no graph runs for a part of a batch. The batch stays together while it can: states are copied only where its membership
-changes.
+changes. Finished pictures are measured together, too: a call costs as much for one as for a whole batch.
 """
 
 from collections import deque
@@ -15,13 +15,13 @@ import torch
 from tiltscope.engine.batching.request import Request, Sample
 from tiltscope.engine.batching.slots import padded, take
 from tiltscope.engine.feature.feature import Feature
-from tiltscope.engine.run import Run
+from tiltscope.engine.run import Run, measure
 from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.engine.sampler.state import HostRows, SlotState
 from tiltscope.engine.sampler.tick import one_graph_serves_both, tick
 from tiltscope.kernels.dispatch import count_calls
 
-# A graph that samples wait for runs after so many ticks of the others at the latest.
+# A graph that samples wait for runs after so many ticks of the others at the latest; so does what measures finished pictures.
 PATIENCE = 8
 # A tick of the unguided graph, in ticks of the guided one: a forward pass beside two networks and back (benchmarks/budget.py).
 COST = {GraphKind.GUIDED: 1.0, GraphKind.UNGUIDED: 0.3}
@@ -55,21 +55,25 @@ class Lane:
         self.capacity = max(1, self.bucket // self.particles)
         self.waiting: deque[Request] = deque()
         self.live: list[Sample] = []
+        self.drawn: list[Sample] = []
+        """done, and not measured yet"""
         self.batch: Batch | None = None
         self.last_size = 0
         self._one_graph = one_graph_serves_both(run.programme)
         self._passed: dict[GraphKind, int] = {}
+        self._unmeasured_for = 0
 
     @property
     def idle(self) -> bool:
-        return not self.live and not self.waiting
+        return not self.live and not self.drawn and not self.waiting
 
     def requests(self) -> list[Request]:
         """Those with samples that wait or are being drawn."""
-        return list(dict.fromkeys([*(sample.request for sample in self.live), *self.waiting]))
+        return list(dict.fromkeys([*(sample.request for sample in (*self.drawn, *self.live)), *self.waiting]))
 
     def add(self, request: Request) -> None:
-        self.live += request.live.values()
+        for sample in request.live.values():
+            (self.drawn if sample.done else self.live).append(sample)
         if request.waiting:
             self.waiting.append(request)
 
@@ -86,10 +90,21 @@ class Lane:
     def drop_ended(self) -> None:
         """Forget the samples of requests that nobody waits for."""
         self.live = [sample for sample in self.live if not sample.request.ended]
+        self.drawn = [sample for sample in self.drawn if not sample.request.ended]
         self.waiting = deque(request for request in self.waiting if not request.ended)
 
     def tick(self, now: float) -> list[Sample]:
-        """Advance one batch by one row; the samples that thereby are done, no longer live."""
+        """Advance one batch by one row, and measure what is due; the samples that were measured, no longer the lane's."""
+        self.last_size = 0
+        if self.live:
+            self._advance(now)
+        return self._measured() if self._measuring_is_due() else []
+
+    def settle(self) -> None:
+        """Every live sample's own state is its last one: what a checkpoint reads."""
+        self._scatter()
+
+    def _advance(self, now: float) -> None:
         batch = self._gathered(self._choose())
         with count_calls() as calls:
             state, seen = tick(batch.state, self.programme)
@@ -106,11 +121,25 @@ class Lane:
         if done:
             self._scatter()
             self.live = [sample for sample in self.live if not sample.done]
-        return done
+            self.drawn += done
 
-    def settle(self) -> None:
-        """Every live sample's own state is its last one: what a checkpoint reads."""
-        self._scatter()
+    def _measuring_is_due(self) -> bool:
+        """Pictures wait for others to share the call with, but not where batches have room, nor for long."""
+        if not self.drawn:
+            return False
+        self._unmeasured_for += 1
+        room = len(self.live) < self.capacity
+        return room or len(self.drawn) >= self.capacity or self._unmeasured_for > PATIENCE
+
+    def _measured(self) -> list[Sample]:
+        """As many of the drawn samples as a call has room for, measured."""
+        chosen = self.drawn[: self.capacity]
+        activation, drive = measure(padded([sample.state for sample in chosen], self.bucket), self.programme)
+        for at, sample in enumerate(chosen):
+            own = slice(at * self.particles, (at + 1) * self.particles)
+            sample.measured = activation[own], drive[own]
+        self.drawn, self._unmeasured_for = self.drawn[self.capacity :], 0
+        return chosen
 
     def _choose(self) -> tuple[Sample, ...]:
         """Samples of one graph, those of the last batch first: of the one that fills a batch, else of the one that advances most

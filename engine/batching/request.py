@@ -7,10 +7,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltscope.engine.batching.slots import padded
+from tiltscope.engine.batching.slots import stack
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.report.manifest import complete
 from tiltscope.engine.run import Run, check_any_finite, failures
@@ -49,6 +50,8 @@ class Sample:
     def __init__(self, request: "Request", index: int, state: SlotState, row: int = 0) -> None:
         self.request, self.index, self.state, self.row = request, index, state, row
         self.seen: Tensor | None = None
+        self.measured: tuple[Tensor, Tensor] | None = None
+        """(activation, drive) of its particles, once it is drawn and measured"""
         self._guided = bool(state.host.tilted[0]) or request.run.programme.lift.moves_x0
 
     @property
@@ -80,7 +83,7 @@ class Request:
         self.run, self.name, self.deadline = run, name, deadline
         self.waiting: deque[int] = deque(run.config.all_indices)
         self.live: dict[int, Sample] = {}
-        self.finished: dict[int, SlotState] = {}
+        self.finished: dict[int, Sample] = {}
         self.submitted = time.monotonic()
         self.first_tick: float | None = None
         self.ticket = Ticket()
@@ -107,9 +110,9 @@ class Request:
         return self.live[index]
 
     def finish(self, sample: Sample) -> None:
-        """Keep a drawn sample; answer the ticket where it was the last one."""
-        del self.live[sample.index]
-        self.finished[sample.index] = sample.state
+        """Keep a measured sample; answer the ticket where it was the last one."""
+        self.finished[sample.index] = self.live.pop(sample.index)
+        sample.seen = None  # it holds a whole batch's
         if len(self.finished) == self.run.config.num and self.ticket.set_running_or_notify_cancel():
             try:
                 self.ticket.set_result(self._collect())
@@ -131,7 +134,9 @@ class Request:
         parts: list[Samples] = []
         for at in range(0, len(indices), at_once):
             chosen = [self.finished[index] for index in indices[at : at + at_once]]
-            parts.append(run.collect(padded(chosen, run.config.bucket), len(chosen), finished=True))
+            activation, drive = zip(*(sample.measured for sample in chosen if sample.measured is not None), strict=True)
+            state, measured = stack([sample.state for sample in chosen]), (torch.cat(activation), torch.cat(drive))
+            parts.append(run.collect(state, len(chosen), finished=True, measured=measured))
         samples = join(parts)
         check_any_finite(samples, run.plan)
         now = time.monotonic()

@@ -12,7 +12,7 @@ from tiltscope.engine.errors import DeadlineError
 
 
 class Counts(NamedTuple):
-    """waiting, live: samples. ticks: batches advanced so far. advanced: sample rows in them. slots: room they had for such."""
+    """waiting, live: samples (live: until they are measured). ticks: batches advanced so far. advanced: sample rows in them. slots: room they had for such."""
 
     waiting: int
     live: int
@@ -43,7 +43,7 @@ class Scheduler:
 
     def counts(self) -> Counts:
         waiting = sum(len(request.waiting) for request in self.requests)
-        live = sum(len(lane.live) for lane in self._lanes.values())
+        live = sum(len(lane.live) + len(lane.drawn) for lane in self._lanes.values())
         return Counts(waiting, live, self._ticks, self._advanced, self._slots)
 
     def add(self, request: Request) -> None:
@@ -86,8 +86,8 @@ class Scheduler:
                 request.fail(error)
             lane.drop_ended()
             return
-        self._ticks += 1
-        self._slots += lane.capacity
+        self._ticks += bool(lane.last_size)
+        self._slots += lane.capacity * bool(lane.last_size)
         self._advanced += lane.last_size
         for sample in done:
             sample.request.finish(sample)
