@@ -1,6 +1,6 @@
 """Whole pictures of one feature at one mean activation: this engine beside what else draws such pictures, in one process.
 
-    tiltscope   the preset fast
+    tiltscope   the preset fast, and in fewer rows (benchmarks/budget.py: 6 is the fewest that reach the target on every feature)
     plain       diffusers + transformers + autograd, the same solver and noise: on the preset's rows, and guided in every row of
                 the network's own levels, as diffusers' scheduler places them
     deepinv     its DPS at several step counts: |a(D) - y|, y the target, the libraries' own networks behind its interfaces
@@ -70,8 +70,10 @@ class Config:
     plain_steps: tuple[int, ...] = (25,)
     """rows of plain where diffusers' scheduler would place them"""
     runner: str = "auto"
-    deepinv_steps: tuple[int, ...] = (6, 8, 10, 25)
+    deepinv_steps: tuple[int, ...] = (3, 4, 5, 6, 8, 10, 25)
     published_rows: int = 8
+    fewer_rows: tuple[int, ...] = (6,)
+    """of the preset fast, beside its own"""
     without: tuple[str, ...] = ()
     """ways to leave out, by name"""
     turns: int = 3
@@ -239,6 +241,7 @@ def main(config: Config) -> None:
     magnitude = natural_magnitude(bundle.pool.x0(range(MAGNITUDE_NUM)))
     ways = [
         own(run, f"tiltscope, preset fast ({run.plan.num_rows} rows)", 1.1),
+        *(own(asked("fast", config.runner, steps=n), f"tiltscope, {n} rows", 1.1) for n in config.fewer_rows),
         plain_way(step, asked("fast"), 1.1),
         *(
             plain_way(step, asked("fast", steps=n, grid="native", guidance_interval=(0.0, 1.0)), 1.1)

@@ -21,6 +21,7 @@ from tiltscope.engine.prior.prior import CPU, Prior
 from tiltscope.engine.runtime.auto import Choice
 from tiltscope.engine.runtime.memory import MemoryPlan
 from tiltscope.engine.runtime.runners import Gated
+from tiltscope.engine.runtime.threads import one_thread
 from tiltscope.engine.sampler.particles import settle
 from tiltscope.engine.sampler.plan import GraphKind, Plan
 from tiltscope.engine.sampler.replay import GraphedTicks
@@ -252,10 +253,11 @@ class Run:
 def measure(state: SlotState, programme: Programme) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
     """(activation, drive) of the finished pictures, a bucket a call."""
     parts: list[tuple[Tensor, Tensor]] = []
-    for at in range(0, len(state.x), programme.bucket):
-        part = slice(at, at + programme.bucket)
-        readout = None if state.readout is None else state.readout[part]
-        parts.append(programme.step.measure(state.x[part], readout))
+    with one_thread(when=programme.step.has_own_threads):
+        for at in range(0, len(state.x), programme.bucket):
+            part = slice(at, at + programme.bucket)
+            readout = None if state.readout is None else state.readout[part]
+            parts.append(programme.step.measure(state.x[part], readout))
     activation, drive = (torch.cat(each) for each in zip(*parts, strict=True))
     return activation, drive
 

@@ -41,6 +41,8 @@ def _options() -> Any:
     options: Any = needed("onnxruntime", "onnx").SessionOptions()
     options.intra_op_num_threads = num_threads()
     options.inter_op_num_threads = 1
+    # Each graph has threads of its own: those that are done would spin on the processors that the next graph's need.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     return options
 
