@@ -253,9 +253,10 @@ class Run:
 def measure(state: SlotState, programme: Programme) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
     """(activation, drive) of the finished pictures, a bucket a call."""
     parts: list[tuple[Tensor, Tensor]] = []
+    bucket = programme.bucket or len(state.x)
     with one_thread(when=programme.step.has_own_threads):
-        for at in range(0, len(state.x), programme.bucket):
-            part = slice(at, at + programme.bucket)
+        for at in range(0, len(state.x), bucket):
+            part = slice(at, at + bucket)
             readout = None if state.readout is None else state.readout[part]
             parts.append(programme.step.measure(state.x[part], readout))
     activation, drive = (torch.cat(each) for each in zip(*parts, strict=True))

@@ -141,6 +141,7 @@ class Engine:
     def counts(self) -> Counts:
         """How much waits, is being drawn, and how full the batches were."""
         with self._paused():
+            self._take_in()
             return self._scheduler.counts()
 
     def checkpoint(self, path: str | Path) -> None:

@@ -12,7 +12,9 @@ from tiltscope.engine.errors import DeadlineError
 
 
 class Counts(NamedTuple):
-    """waiting, live: samples (live: until they are measured). ticks: batches advanced so far. advanced: sample rows in them. slots: room they had for such."""
+    """waiting, live: samples (live: until they are measured). ticks: batches advanced so far. advanced: sample rows in them.
+    slots: room they had for such.
+    """
 
     waiting: int
     live: int

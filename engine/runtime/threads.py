@@ -6,8 +6,8 @@ networks is too little to share. OpenMP's setting of the calling thread is chang
 every thread that starts meanwhile, too. Where OpenMP's library is not found (it is looked for in /proc), nothing is changed.
 
 Every thread that calls torch gets OpenMP threads of its own, which stay when it is done. As soon as there are more in the process
-than processors, OpenMP lets none of them spin: each operation then puts them to sleep and wakes them up, and on two cores a guided
-row of a batcher's thread takes a sixth longer beside a main thread that does nothing any more.
+than processors, OpenMP lets none of them spin: each operation then puts them to sleep and wakes them up. On two cores a
+guided row of a batcher's thread so takes a sixth longer beside a main thread that does nothing any more.
 """
 
 import ctypes

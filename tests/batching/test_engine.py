@@ -324,3 +324,16 @@ def test_a_function_cannot_be_checkpointed(prior, gate, tmp_path):
             engine.checkpoint(tmp_path / "batch.safetensors")
         ticket.cancel()
     assert not (tmp_path / "batch.safetensors").exists()
+
+
+def test_what_was_asked_during_a_tick_is_counted_as_waiting(prior, gate):
+    with Engine(prior, max_batch=2) as engine:
+        engine.submit(WORLD.feature, num=1, lam=0.5, steps=2).result(timeout=60)  # whatever is tried once has been
+        held(gate)
+        first = engine.submit(WORLD.feature, num=1, lam=0.5, steps=2)
+        assert gate.entered.wait(30)
+        tickets = [engine.submit(WORLD.feature, num=2, lam=0.5, steps=20) for _ in range(4)]
+        threading.Timer(0.2, gate.open.set).start()
+        assert engine.counts().waiting == 8
+        for ticket in [first, *tickets]:
+            ticket.result(timeout=60)

@@ -17,7 +17,7 @@ from tiltscope.engine.runtime.gate import record_self_test
 from tiltscope.engine.runtime.held import HeldStep
 from tiltscope.engine.runtime.memory import ChunkedStep
 from tiltscope.engine.runtime.step import TorchStep
-from tiltscope.engine.runtime.threads import num_threads, one_thread
+from tiltscope.engine.runtime.threads import num_threads, one_thread, release_threads
 from tiltscope.engine.tilt.worlds import GaussianWorld
 
 
@@ -88,3 +88,55 @@ def test_files_have_threads_of_their_own_and_traced_functions_do_not(tiny_bundle
     network = tiltscope.load(str(tiny_bundle)).prior.network
     assert ExportedStep("onnx", network, GraphFiles(Path("none"), lambda path: None)).has_own_threads
     assert not ExportedStep("compile", network, lambda graph, inputs: []).has_own_threads
+
+
+@pytest.mark.parametrize(("own", "expected"), [(True, 1), (False, 3)])
+def test_finished_pictures_are_measured_so_too(three_threads, monkeypatch, own, expected):
+    world, inside = GaussianWorld(s=1.3, shape=(2,)), []
+    run = prepare(world.prior, world.feature, SampleConfig(num=1, lam=0.0, steps=2))
+    real = type(run.programme.step).measure
+
+    def measure(self, x0, readout):
+        inside.append(torch.get_num_threads())
+        return real(self, x0, readout)
+
+    monkeypatch.setattr(type(run.programme.step), "measure", measure)
+    monkeypatch.setattr(type(run.programme.step), "has_own_threads", own, raising=False)
+    run.draw_bucket(np.arange(1))
+    assert inside == [expected]
+
+
+def of_this_process() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def multiply() -> None:
+    big = torch.ones(1024, 1024)
+    assert float((big @ big + big.exp().sin()).sum()) > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_idle_threads_of_torch_end_and_come_again(three_threads):
+    release_threads()
+    before = of_this_process()
+    multiply()
+    assert of_this_process() == before + 2
+    release_threads()
+    assert of_this_process() == before
+    assert torch.get_num_threads() == 3
+    multiply()
+    assert of_this_process() == before + 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_a_batcher_leaves_none_in_who_makes_it_or_asks_it(three_threads):
+    world = GaussianWorld(s=1.3, shape=(2,))
+    release_threads()
+    before = of_this_process()
+    multiply()
+    engine = tiltscope.Engine(world.prior)
+    assert of_this_process() == before
+    multiply()
+    engine.submit(world.feature, num=1, lam=0.5, steps=2).result(timeout=60)
+    engine.close()
+    assert of_this_process() == before
