@@ -7,7 +7,8 @@ kernels break that, both measured (torch 2.13, AVX2; tests/prior/test_network.py
   stand at the end of each thread's share, so with 3 threads a batch of 8 is touched in the middle. exp, log, sin, asin, sqrt, erf
   and tanh do not; silu and gelu are written with those here.
 * one matrix product over all rows of a batch treats its last rows by another kernel (float64, or 5 samples in float32). A
-  batched product gives every sample a product of its own, of one shape.
+  batched product gives every sample a product of its own, of one shape. An engine whose products have no such rows is spared
+  copies of the weights (`one_product_a_batch`).
 
 Convolutions, normalisations, softmax and attention over (sample, head) were found invariant.
 
@@ -17,6 +18,9 @@ and computed in place. Their values are the composed form's bit for bit. A trace
 """
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -26,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 _ROOT_HALF = math.sqrt(0.5)
 _NORMAL_DENSITY = 1 / math.sqrt(2 * math.pi)
+_one_product_a_batch = ContextVar("_one_product_a_batch", default=False)
 
 
 def silu(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
@@ -90,11 +95,25 @@ def linear(
     weight: Float[Tensor, "outputs inputs"],
     bias: Float[Tensor, "outputs"] | None,
 ) -> Float[Tensor, "batch *dims outputs"]:
-    """x weight' + bias, one product a sample."""
+    """x weight' + bias, one product a sample; under `one_product_a_batch`, one."""
+    if _one_product_a_batch.get():
+        rows = x.reshape(-1, x.shape[-1])
+        product = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        return product.view(*x.shape[:-1], weight.shape[0])
     rows = x.flatten(1, -2) if x.ndim > 2 else x[:, None]  # [batch, rows, inputs]
     each = weight.T.expand(x.shape[0], -1, -1)
     product = torch.bmm(rows, each) if bias is None else torch.baddbmm(bias, rows, each)
     return product.view(*x.shape[:-1], weight.shape[0])
+
+
+@contextmanager
+def one_product_a_batch() -> Generator[None]:
+    """For a trace: while it lasts, `linear` is one product over the rows of all samples."""
+    token = _one_product_a_batch.set(True)
+    try:
+        yield
+    finally:
+        _one_product_a_batch.reset(token)
 
 
 class Linear(nn.Module):

@@ -1,11 +1,17 @@
-"""Decompositions of our own, where a stock one leaves an operator that an engine refuses or computes wrongly.
+"""Decompositions of our own, where a stock one leaves an operator that an engine refuses, computes wrongly or takes long for.
 
     convolution_backward, input part     Conv of the padded, zero-inserted gradient with the flipped kernel, never ConvTranspose
                                          (whose bf16 form does not build in TensorRT-RTX); a patch embedding is one product
+    layer norm, in a coarse graph        itself, in float32 at least; stock: nine operators, which no engine fuses where the
+                                         gradient reads what is between them. TensorRT has none that tells mean and deviation
     average pool, backward               that of a depthwise convolution with equal weights
     nearest upsampling                   expand and reshape, whose derivative is a plain sum; stock: index_put with "add"
     slice and select, backward           zeros around the gradient; stock: a scatter into zeros
-    group norm and its backward          over [batch, group, rest]; stock, traced on a CPU: as_strided with a batch in its sizes
+    group norm and its backward          over [batch, group, rest], a layer norm; stock, traced on a CPU: as_strided with a batch
+                                         in its sizes
+    softmax                              itself; stock, in attention: a search for rows that a mask hides whole, which none does
+    softmax, backward                    its sum over a row as a product; stock: ReduceSum, which in ONNX Runtime adds up a row
+                                         in an order that depends on where in memory it begins, so on a sample's batch mates
 
 Each is held to autograd in float64 by tests/export/test_decompositions.py. Knows ATen; knows no network.
 """
@@ -24,7 +30,6 @@ aten = torch.ops.aten
 _OPENED = (
     aten.native_layer_norm,
     aten.native_layer_norm_backward,
-    aten._softmax_backward_data,
     aten.gelu_backward,
     aten.silu_backward,
     aten.tanh_backward,
@@ -34,9 +39,9 @@ _OPENED = (
 )
 
 
-def table() -> dict[Any, Callable[..., Any]]:
-    """The decomposition table of a trace: core ATen's, `_OPENED`, and ours."""
-    return (
+def table(*, coarse: bool = False) -> dict[Any, Callable[..., Any]]:
+    """The decomposition table of a trace (trace.py says what is coarse): core ATen's, `_OPENED`, and ours."""
+    found = (
         dict(core_aten_decompositions())
         | dict(get_decompositions(_OPENED))
         | {
@@ -44,10 +49,13 @@ def table() -> dict[Any, Callable[..., Any]]:
             aten.avg_pool2d_backward.default: average_pool_gradient,
             aten.native_group_norm.default: group_norm,
             aten.native_group_norm_backward.default: group_norm_gradient,
+            aten._safe_softmax.default: softmax,
+            aten._softmax_backward_data.default: softmax_gradient,
             aten.slice_backward.default: slice_gradient,
             aten.select_backward.default: select_gradient,
         }
     )
+    return found | {aten.native_layer_norm.default: layer_norm} if coarse else found
 
 
 def convolution_input_gradient(
@@ -80,7 +88,8 @@ def convolution_input_gradient(
         return None, None, None
     n, channels, height, width = x.shape
     outputs, _, kh, kw = weight.shape
-    if list(stride) == [kh, kw] and list(padding) == [0, 0] and groups == 1 and list(dilation) == [1, 1]:
+    in_patches = list(stride) == [kh, kw] and list(padding) == [0, 0] and groups == 1 and list(dilation) == [1, 1]
+    if in_patches and kh * kw > 1:
         return _patch_gradient(grad, weight, (n, channels, height, width)), None, None
     flipped = weight.reshape(groups, outputs // groups, channels // groups, kh, kw).transpose(1, 2)
     flipped = flipped.reshape(channels, outputs // groups, kh, kw).flip([2, 3])
@@ -92,7 +101,8 @@ def convolution_input_gradient(
         # What a stride that does not divide leaves unread at the far end.
         after = size - (spread.shape[side] + before - reach)
         edges += [before, after]
-    return F.conv2d(F.pad(spread, edges), flipped, None, 1, 0, list(dilation), groups), None, None
+    padded = F.pad(spread, edges) if any(edges) else spread
+    return F.conv2d(padded, flipped, None, 1, 0, list(dilation), groups), None, None
 
 
 def average_pool_gradient(
@@ -118,15 +128,25 @@ def average_pool_gradient(
     return found
 
 
+def layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight (x - mean) rstd + bias, mean, rstd) over the last dimensions, of lengths `shape`; float32 at least inside."""
+    wide = _wide(x)
+    if x.dtype == wide:
+        return NotImplemented  # a trace then keeps the operator
+    weight, bias = (None if each is None else each.to(wide) for each in (weight, bias))
+    out, mean, rstd = torch.native_layer_norm(x.to(wide), list(shape), weight, bias, eps)
+    return out.to(x.dtype), mean, rstd
+
+
 def group_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, channels: int, places: int, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(weight (x - mean) rstd + bias, mean [n, groups], rstd [n, groups]), means over a group; float32 at least inside."""
-    grouped = x.to(_wide(x)).reshape(n, groups, channels // groups * places)
-    mean = grouped.mean(dim=2, keepdim=True)
-    centred = grouped - mean
-    rstd = torch.rsqrt((centred * centred).mean(dim=2, keepdim=True) + eps)
-    out = (centred * rstd).reshape(x.shape)
+    rest = channels // groups * places
+    out, mean, rstd = torch.native_layer_norm(x.to(_wide(x)).reshape(n, groups, rest), [rest], None, None, eps)
+    out = out.reshape(x.shape)
     if weight is not None:
         out = out * _per_channel(weight, x)
     if bias is not None:
@@ -162,6 +182,20 @@ def group_norm_gradient(
     normal = (x.to(_wide(x)).reshape(grouped) - mean.reshape(n, groups, 1)) * rstd
     found = rstd * (u - u.mean(dim=2, keepdim=True) - normal * (u * normal).mean(dim=2, keepdim=True))
     return found.reshape(x.shape).to(x.dtype), None, None
+
+
+def softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """exp(x) / sum exp(x) along dim. A row of nothing but -inf becomes not a number, where attention's own gives zeros."""
+    return torch.softmax(x, dim, dtype)
+
+
+def softmax_gradient(grad: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """d loss / d x = grad y - y sum(grad y) for y = softmax(x), the sum along dim; float32 at least inside."""
+    u, wide = (grad.to(_wide(grad)) * y.to(_wide(y))).transpose(dim, -1), y.to(_wide(y))
+    # One product for each of the leading dimensions: of one over all, some libraries compute the last rows in another way.
+    ones = torch.ones(u.shape[-1], 1, dtype=u.dtype, device=u.device).expand(*u.shape[:-2], -1, -1)
+    total = u @ ones
+    return (u.transpose(dim, -1) - wide * total.transpose(dim, -1)).to(dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -44,8 +44,11 @@ def examples(prior: Prior, feature: Feature) -> dict[str, list[Tensor]]:
     }
 
 
-def traced_graphs(prior: Prior, feature: Feature, runner: str) -> Iterator[Traced]:
-    """Every graph of the step. Raises RunnerError for a Python function, ExportError as trace() does, or for a leaking cache."""
+def traced_graphs(prior: Prior, feature: Feature, runner: str, *, coarse: bool = False) -> Iterator[Traced]:
+    """Every graph of the step, as trace() makes it.
+
+    Raises RunnerError for a Python function, ExportError as trace() does, or for a leaking cache.
+    """
     denoiser, trunk, _ = network_parts(prior, feature, runner)
     if denoiser.dtype != trunk.dtype:
         raise RunnerError(
@@ -54,7 +57,7 @@ def traced_graphs(prior: Prior, feature: Feature, runner: str) -> Iterator[Trace
         )
     networks = StepNetworks(denoiser, trunk)
     for name, example in examples(prior, feature).items():
-        yield Traced(name, trace(networks, name, example), example)
+        yield Traced(name, trace(networks, name, example, coarse=coarse), example)
         check_no_leak(networks, name, example)
 
 

@@ -175,7 +175,7 @@ def write_graphs(prior: Prior, feature: Feature, runner: str, folder: Path) -> N
             time_scale=denoiser.facts.time_scale,
             sigma_data=denoiser.facts.sigma_data,
         ).write(folder)
-    for name, graph, example in traced_graphs(prior, feature, runner):
+    for name, graph, example in traced_graphs(prior, feature, runner, coarse=True):
         write_onnx(graph, name, example, folder / f"{name}.onnx", metadata)
 
 

@@ -9,12 +9,19 @@
 conditioning = from_x, from_output, input_scale [batch], time_embedding [batch, channels]: what the noise level decides, float64
 on the host (engine/runtime/conditioning.py) and cast at the edge, so no graph needs float64. readout: six tensors, an input, so
 that one graph serves every feature of a hook. Order of inputs and outputs: engine/runtime/exported.py. The batch is symbolic;
-weights are lifted to buffers. Refused: a backward operator left in the graph, a constant taken from the example. Knows torch;
+weights are lifted to buffers.
+
+A coarse graph is for engines that run operator after operator, such as ONNX Runtime: a norm is one, and a layer's product is one
+over the rows of all samples, whose bits must not depend on where they stand (tests/export/test_exported_bundle.py). In the other
+graphs, which a compiler takes apart, a norm is its parts and every sample has a product of its own.
+
+ Refused: a backward operator left in the graph, a constant taken from the example. Knows torch;
 knows no file format.
 """
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,12 +30,19 @@ from torch import Tensor, nn
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    statically_known_true,
+    sym_eq,
+)
 from torch.fx.graph import CodeGen
 from torch.fx.graph_module import GraphModule
 from torch.fx.node import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tiltscope.engine.batch_invariant import one_product_a_batch
 from tiltscope.engine.errors import ExportError
 from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.feature.readout import Readout, read
@@ -130,8 +144,8 @@ class StepGraph(nn.Module):
         return tuple(self.graph(*held.values(), *inputs, *(getattr(self, name) for name in self.constants)))
 
 
-def trace(networks: StepNetworks, graph: str, example: Sequence[Tensor]) -> StepGraph:
-    """The graph named `graph` for any batch. example: its inputs at some batch of at least 2.
+def trace(networks: StepNetworks, graph: str, example: Sequence[Tensor], *, coarse: bool = False) -> StepGraph:
+    """The graph named `graph` for any batch. example: its inputs at some batch of at least 2. coarse: see above.
 
     Raises ExportError where a backward operator is left or something of the example became a constant.
     """
@@ -153,11 +167,14 @@ def trace(networks: StepNetworks, graph: str, example: Sequence[Tensor]) -> Step
         )
 
     # MATH is not a choice: with a fused attention kernel the forward decomposes, its backward does not.
-    with sdpa_kernel(SDPBackend.MATH), plain_upsampling():
-        traced = make_fx(program, tracing_mode="symbolic", decomposition_table=table(), _allow_non_fake_inputs=True)(
-            held, *inputs
-        )
+    products = one_product_a_batch() if coarse else nullcontext()
+    make = make_fx(
+        program, tracing_mode="symbolic", decomposition_table=table(coarse=coarse), _allow_non_fake_inputs=True
+    )
+    with sdpa_kernel(SDPBackend.MATH), plain_upsampling(), products:
+        traced = make(held, *inputs)
     networks.given.value = None  # no fake tensor may outlive the trace
+    _remove_expansions_of_nothing(traced)
     traced.graph.eliminate_dead_code()
     traced.recompile()
     _check(traced, graph, closed_over=networks.closed_over)
@@ -189,6 +206,15 @@ def _lift_constants(traced: GraphModule) -> dict[str, Tensor]:
         delattr(traced, name)  # or it would be weights beside what it has become
     traced.recompile()
     return constants
+
+
+def _remove_expansions_of_nothing(traced: GraphModule) -> None:
+    """An expansion to the size that a tensor has: beside a symbolic batch no engine sees that it is none, and copies."""
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.expand.default):
+        (given, *_), made = node.args, node.meta["val"]
+        if isinstance(given, Node) and statically_known_true(sym_eq(given.meta["val"].shape, made.shape)):
+            node.replace_all_uses_with(given)
+            traced.graph.erase_node(node)
 
 
 class _Calling(nn.Module):

@@ -167,13 +167,13 @@ class Claimed(NamedTuple):
     shown: torch.Tensor
 
 
-def claim_row(bundle: Bundle, runner: str, task: tuple[str, int]) -> Claimed:
-    address, num = task
-    explanation, target, p99 = claim.explain_at_target(bundle, address, num=num, runner=runner)
-    alone = unguided(bundle, runner, range(num))
+def claim_row(bundle: Bundle, runner: str, task: tuple[str, torch.Tensor]) -> Claimed:
+    """task: the feature, and as many pictures of the prior alone as it is to have samples."""
+    address, alone = task
+    explanation = claim.explain_at_target(bundle, address, num=len(alone), runner=runner)
     return Claimed(
-        claim.row_of(explanation, target, p99),
-        fidelity.row_of(bundle, explanation, target, alone),
+        claim.row_of(explanation),
+        fidelity.row_of(bundle, explanation, alone),
         explanation.answers["tilt"].x0[:8],
     )
 
@@ -182,7 +182,8 @@ def claim_figures(bundle: Bundle, config: Config) -> tuple[dict[str, Any], Image
     """The claim's table, the distances to the exact tilt, and eight guided samples of each feature (64 in all)."""
     figures: dict[str, Any] = {"claim": [], "fidelity": []}
     pictures = []
-    tasks = [(address, config.num_claim) for address in claim.chosen_features(bundle)]
+    alone = draw_unguided(config, config.num_claim)
+    tasks = [(address, alone) for address in claim.chosen_features(bundle)]
     for row, distances, x0 in deal(config, claim_row, tasks):
         figures["claim"].append(row)
         figures["fidelity"].append(distances)

@@ -31,33 +31,30 @@ def chosen_features(bundle: Bundle) -> list[str]:
     return by_selectivity(bundle)[: NUM_FEATURES * EVERY : EVERY]
 
 
-def explain_at_target(
-    bundle: Bundle, address: str, *, num: int, runner: str = "torch"
-) -> tuple[Explanation, float, float]:
-    """(four answers at the activation that the tilt reached, the target, the pool's 99th percentile).
+def explain_at_target(bundle: Bundle, address: str, *, num: int, runner: str = "torch") -> Explanation:
+    """Four answers at the activation that the tilt reached.
 
     Where the sampler does not reach the target, the tilt is drawn at the pool's lambda: its row says that it is not there.
     """
     feature = bundle.feature(address)
-    natural = bundle.pool.activations(feature)
     try:
-        explanation = tiltscope.explain(bundle, feature, num=num, runner=runner)
+        return tiltscope.explain(bundle, feature, num=num, runner=runner)
     except CalibrationError:
-        explanation = tiltscope.explain(bundle, feature, num=num, runner=runner, calibration="pool")
-    return explanation, explanation.target, float(np.percentile(natural, 99))
+        return tiltscope.explain(bundle, feature, num=num, runner=runner, calibration="pool")
 
 
-def row_of(explanation: Explanation, target: float, p99: float) -> dict[str, Any]:
+def row_of(explanation: Explanation) -> dict[str, Any]:
     """What the table shows of one feature, and whether the claim holds there."""
     tilt, actmax, topk = (explanation.metrics[name] for name in ("tilt", "actmax", "topk"))
     a, b = tilt["activation_mean"], actmax["activation_mean"]
+    p99 = float(np.percentile(explanation.natural, 99))
     if None in (a, b, tilt["naturalness"], actmax["naturalness"]):
         raise SystemExit(f"{explanation.feature}: the bundle has no evaluator, or no sample came out")
     return {
         "feature": explanation.feature,
         "name": explanation.name,
         "lam": explanation.lam,
-        "target": target,
+        "target": explanation.target,
         "pool_p99": p99,
         "tilt_activation": a,
         "actmax_activation": b,

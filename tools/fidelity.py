@@ -49,11 +49,11 @@ def distance(samples: Rows, pool: Rows, w: Rows) -> float:
     return float(of_samples + (pairs * of_pool).sum() / pairs.sum() - 2 * (kernel(samples, pool) @ w).mean())
 
 
-def row_of(bundle: Bundle, explanation: Explanation, target: float, unguided: Tensor) -> dict[str, Any]:
+def row_of(bundle: Bundle, explanation: Explanation, unguided: Tensor) -> dict[str, Any]:
     """Of one explained feature: each answer's distance to q*, beside that of `unguided` pictures x0 [num, *shape]."""
     tilt = explanation.answers["tilt"]
-    natural = np.asarray(bundle.pool.activations(bundle.feature(explanation.feature)), np.float64)
-    w, pool = weights(natural, target), normalize(np.asarray(bundle.pool.embeddings(), np.float64))
+    natural = np.asarray(explanation.natural, np.float64)
+    w, pool = weights(natural, explanation.target), normalize(np.asarray(bundle.pool.embeddings(), np.float64))
     pictures = {name: explanation.answers[name].x0 for name in ("tilt", "topk", "actmax")} | {"unguided": unguided}
     return {
         "feature": explanation.feature,

@@ -162,7 +162,9 @@ class Engine:
         file, ConfigError where the settings differ.
         """
         resumed = cls(bundle, **engine)
-        for request in read_checkpoint(Path(path), resumed.prior, resumed._feature, resumed._own):
+        requests = read_checkpoint(Path(path), resumed.prior, resumed._feature, resumed._own)
+        release_threads()  # what prepared them
+        for request in requests:
             resumed._reserve(request.run.config.num, 0.0)
             resumed._enter(request)
         return resumed

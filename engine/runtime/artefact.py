@@ -41,9 +41,9 @@ from tiltscope.engine.runtime.gate import SelfTest
 
 DESCRIPTION, SELF_TEST = "artefact.json", "selftest.safetensors"
 SCHEMA_VERSION = 2
-# What graphs take and give, in which order, and what the self-test holds of it; another number for every change, so that files
+# What graphs take, give and are made of, and what the self-test holds of it; another number for every change, so that files
 # of an older form are not opened.
-GRAPH_FORM = 4
+GRAPH_FORM = 5
 
 
 @dataclass(frozen=True)

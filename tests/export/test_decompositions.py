@@ -5,12 +5,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiltscope.export.decompositions import (
     convolution_input_gradient,
     group_norm_gradient,
+    layer_norm,
     plain_upsampling,
     slice_gradient,
+    softmax_gradient,
     table,
 )
 
@@ -156,3 +160,63 @@ def test_the_table_leaves_no_backward_operator_and_the_gradient_is_autograds(nam
     other = numbers(*shape, seed=9)
     for found, expected in zip(traced(other), value_and_grad(other), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_the_gradient_of_a_softmax_along_any_dimension(dim):
+    x, grad = numbers(2, 5, 7).requires_grad_(), numbers(2, 5, 7, seed=1)
+    y = torch.softmax(x, dim)
+    (expected,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(softmax_gradient(grad, y.detach(), dim, y.dtype), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_norm_of_half_precision_is_computed_in_float32():
+    x, gain, offset = (numbers(*shape, seed=seed).half() for shape, seed in (((3, 64), 1), ((64,), 2), ((64,), 3)))
+    x = 100 * x
+    out, mean, rstd = layer_norm(x, [64], gain, offset, 1e-5)
+    expected = F.layer_norm(x.float(), [64], gain.float(), offset.float(), 1e-5)
+    assert (out.dtype, mean.dtype, rstd.dtype) == (torch.float16, torch.float32, torch.float32)
+    torch.testing.assert_close(out, expected.half(), rtol=0, atol=0)
+
+
+def operators_of(function, *example):
+    """What a coarse trace leaves of it, by name."""
+    traced = make_fx(function, decomposition_table=table(coarse=True))(*example)
+    return [str(node.target) for node in traced.graph.nodes if node.op == "call_function"]
+
+
+def test_a_trace_keeps_what_engines_have_a_kernel_for():
+    """Each of these in parts is a copy of the whole tensor for every part."""
+    x = torch.zeros(2, 8, 4, 4)
+    assert operators_of(lambda x: F.layer_norm(x, [4]), x).count("aten.native_layer_norm.default") == 1
+    assert operators_of(lambda x: F.group_norm(x, 2), x).count("aten.native_layer_norm.default") == 1
+    assert "aten.add.Tensor" not in operators_of(lambda x: F.group_norm(x, 2), x)
+    with sdpa_kernel(SDPBackend.MATH):
+        attention = operators_of(lambda x: F.scaled_dot_product_attention(x, x, x), x)
+    assert "aten._softmax.default" in attention
+    assert not [name for name in attention if "where" in name or "logical" in name]
+
+
+def test_no_sum_over_a_row_is_left_to_an_engine_in_the_gradient_of_a_softmax():
+    def gradient(x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(torch.softmax(x, -1), x, x.detach())[0]
+
+    found = operators_of(gradient, torch.zeros(2, 3, 5))
+    assert [name for name in found if "_softmax" in name] == ["aten._softmax.default"]
+    assert not [name for name in found if "sum.dim" in name]
+
+
+def test_a_convolution_of_one_pixel_is_a_convolution_backwards_too():
+    """As a product it takes two copies with the channels last and back."""
+    weight, x = torch.zeros(5, 4, 1, 1), torch.zeros(2, 4, 3, 3)
+
+    def gradient(grad):
+        return convolution_input_gradient(
+            grad, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False]
+        )[0]
+
+    found = operators_of(gradient, torch.zeros(2, 5, 3, 3))
+    assert [name for name in found if "conv" in name] == ["aten.convolution.default"]
+    assert not [name for name in found if "mm" in name or "pad" in name or "clone" in name]

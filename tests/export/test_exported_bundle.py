@@ -106,6 +106,25 @@ def test_every_graph_is_the_reference_at_other_batches_levels_and_readouts(step,
     close([mean, pull(x.flip(0))], [expected_mean, expected_pull(x.flip(0))])
 
 
+@pytest.mark.parametrize("num", [2, 5, 8])
+def test_a_sample_has_the_same_bits_in_any_place_and_beside_any_others(step, bundle, num):
+    """What a picture's address promises, here of an engine's own kernels: none may go by where in a batch a sample stands, or by
+    where in memory its rows begin.
+    """
+    own, others = inputs(1)[0], inputs(num, seed=1)[0]
+    sigma = torch.full((num,), 0.6, dtype=torch.float64)
+    readout = bundle.feature(FEATURES[0]).readout.expand(num)
+    found: list[list[torch.Tensor]] = []
+    for place in range(num):
+        x = torch.cat([others[:place], own, others[place + 1 :]])
+        outputs = [*step.guided(x, sigma, torch.sqrt(1 - sigma**2), readout), *step.measure(x, readout)]
+        mean, pull = step.linearise(x, sigma)
+        outputs += [*step.gradient(x, readout), mean, pull(x)]
+        found.append([each[place] for each in outputs])
+    for place, each in enumerate(found[1:], start=1):
+        assert [torch.equal(one, other) for one, other in zip(found[0], each, strict=True)] == [True] * 11, place
+
+
 def test_a_file_names_its_inputs_and_says_what_it_is_of(folder, feature):
     onnx = pytest.importorskip("onnx")
     for name in INPUTS:

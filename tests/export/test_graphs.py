@@ -6,7 +6,7 @@ from torch import nn
 
 import tiltscope
 from tiltscope.engine.errors import ExportError
-from tiltscope.export.graphs import check_no_leak, examples
+from tiltscope.export.graphs import check_no_leak, examples, traced_graphs
 from tiltscope.export.trace import StepNetworks, trace
 
 
@@ -75,3 +75,33 @@ def test_without_the_cache_the_same_trunk_is_traced_and_right(trap, monkeypatch)
     more = [torch.cat([each, each[:1]]) for each in example]
     for found, expected in zip(graph(*more), networks.measure(*more), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def operators_of(graph):
+    return [node for node in graph.graph.graph.nodes if node.op == "call_function"]
+
+
+def test_no_expansion_to_the_size_it_has_is_left(tiny_bundle):
+    """Beside a symbolic batch ONNX Runtime copies all of it."""
+    bundle = tiltscope.load(str(tiny_bundle))
+    feature = bundle.feature("blocks.1:sae:3")
+    networks = StepNetworks(bundle.prior.network, feature.trunk)
+    graph = trace(networks, "measure", examples(bundle.prior, feature)["measure"])
+    expansions = [node for node in operators_of(graph) if node.target is torch.ops.aten.expand.default]
+    assert expansions
+    assert all(str(node.args[0].meta["val"].shape) != str(node.meta["val"].shape) for node in expansions)
+
+
+def test_samples_share_a_product_in_a_coarse_graph(tiny_bundle):
+    bundle = tiltscope.load(str(tiny_bundle))
+    feature = bundle.feature("blocks.1:sae:3")
+    shared, apart = (next(traced_graphs(bundle.prior, feature, "onnx", coarse=coarse)) for coarse in (True, False))
+    addmm, bmm = torch.ops.aten.addmm.default, torch.ops.aten.bmm.default
+    num = {
+        each: [node.target for node in operators_of(of.graph)] for each, of in (("shared", shared), ("apart", apart))
+    }
+    assert num["apart"].count(addmm) == 0
+    assert num["shared"].count(addmm) > 0
+    assert num["shared"].count(bmm) + num["shared"].count(addmm) <= num["apart"].count(bmm)
+    more = [torch.cat([each, each[:1]]) for each in shared.example]
+    torch.testing.assert_close(shared.graph(*more), apart.graph(*more))

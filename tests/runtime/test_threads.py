@@ -140,3 +140,16 @@ def test_a_batcher_leaves_none_in_who_makes_it_or_asks_it(three_threads):
     engine.submit(world.feature, num=1, lam=0.5, steps=2).result(timeout=60)
     engine.close()
     assert of_this_process() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_nor_does_one_that_goes_on_with_a_checkpoint(three_threads, monkeypatch):
+    def read(*args):
+        multiply()
+        return []
+
+    monkeypatch.setattr("tiltscope.engine.batching.engine.read_checkpoint", read)
+    release_threads()
+    before = of_this_process()
+    tiltscope.Engine.resume(GaussianWorld(s=1.3, shape=(2,)).prior, "a file")
+    assert of_this_process() == before

@@ -1,8 +1,12 @@
 """The distance to the exact tilt: nothing for draws of it, something for whatever else, and the same sum as written out."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
-from fidelity import distance, nearer, table, weights
+import torch
+from fidelity import SETS, distance, nearer, row_of, table, weights
 
 
 def rows(seed: int, num: int) -> np.ndarray:
@@ -47,6 +51,25 @@ def test_the_weights_reach_the_target() -> None:
     assert w @ natural == pytest.approx(1.1, rel=1e-6)
     with pytest.raises(SystemExit, match="target"):
         weights(natural, natural.max() + 1)
+
+
+def test_a_row_holds_every_set_of_pictures_to_the_tilt_that_reaches_the_target(monkeypatch) -> None:
+    monkeypatch.setattr("fidelity.embed", lambda bundle, x0: x0.numpy())
+    pool = rows(3, 60)
+    natural = np.maximum(3 * pool[:, 0], 0.0)
+    pictures = {name: rows(seed, 4) for seed, name in enumerate(SETS, start=20)}
+    activation = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    answers = {name: SimpleNamespace(x0=torch.from_numpy(x0), activation=activation) for name, x0 in pictures.items()}
+    unguided = answers.pop("unguided").x0
+    explanation: Any = SimpleNamespace(feature="a", natural=natural, target=1.0, answers=answers)
+    bundle: Any = SimpleNamespace(pool=SimpleNamespace(embeddings=lambda: 2 * pool))
+    w = weights(natural, 1.0)
+    assert row_of(bundle, explanation, unguided) == {
+        "feature": "a",
+        "fires_exact": pytest.approx(w[natural > 0].sum()),
+        "fires": 0.75,
+        "distance": {name: pytest.approx(distance(x0, pool, w)) for name, x0 in pictures.items()},
+    }
 
 
 def test_the_table_has_a_line_a_feature_and_their_mean() -> None:
