@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tiltscope.engine.runtime.exported import Engine, needed
 from tiltscope.engine.runtime.opened import opened_before
 from tiltscope.engine.runtime.threads import num_threads
@@ -40,8 +42,26 @@ def _settings() -> dict[str, Any]:
 
 
 def _compiled(path: Path) -> Any:
-    core = needed("openvino", "openvino").Core()
-    return core.compile_model(core.read_model(path), "CPU", _settings())
+    openvino: Any = needed("openvino", "openvino")
+    core = openvino.Core()
+    model = core.read_model(path)
+    _turn_weights(openvino, model)
+    return core.compile_model(model, "CPU", _settings())
+
+
+def _turn_weights(openvino: Any, model: Any) -> None:
+    """A weight that is read transposed becomes a constant of its own, so transposed. Changes `model`.
+
+    A gradient reads a weight one way, the forward pass the other. OpenVINO 2026.4 packs a square one once, for whichever product
+    comes first, and gives both that (docs/runners.md).
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Transpose":
+            continue
+        given, order = (node.input_value(at).get_node() for at in (0, 1))
+        if given.get_type_name() == order.get_type_name() == "Constant":
+            turned = np.ascontiguousarray(given.get_data().transpose(order.get_data()))
+            node.output(0).replace(openvino.op.Constant(turned).output(0))
 
 
 def _run(model: Any) -> Engine:
