@@ -177,6 +177,8 @@ def test_a_layer_norm_of_half_precision_is_computed_in_float32():
     expected = F.layer_norm(x.float(), [64], gain.float(), offset.float(), 1e-5)
     assert (out.dtype, mean.dtype, rstd.dtype) == (torch.float16, torch.float32, torch.float32)
     torch.testing.assert_close(out, expected.half(), rtol=0, atol=0)
+    found = operators_of(lambda x: F.layer_norm(x, [64]), x)
+    assert found.index("aten._to_copy.default") < found.index("aten.native_layer_norm.default")
 
 
 def operators_of(function, *example):
