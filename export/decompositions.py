@@ -191,11 +191,11 @@ def softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
 
 def softmax_gradient(grad: Tensor, y: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """d loss / d x = grad y - y sum(grad y) for y = softmax(x), the sum along dim; float32 at least inside."""
-    u, wide = (grad.to(_wide(grad)) * y.to(_wide(y))).transpose(dim, -1), y.to(_wide(y))
+    y = y.to(_wide(y))
+    u = (grad.to(y.dtype) * y).transpose(dim, -1)
     # One product for each of the leading dimensions: of one over all, some libraries compute the last rows in another way.
     ones = torch.ones(u.shape[-1], 1, dtype=u.dtype, device=u.device).expand(*u.shape[:-2], -1, -1)
-    total = u @ ones
-    return (u.transpose(dim, -1) - wide * total.transpose(dim, -1)).to(dtype)
+    return (u - y.transpose(dim, -1) * (u @ ones)).transpose(dim, -1).to(dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -15,8 +15,7 @@ A coarse graph is for engines that run operator after operator, such as ONNX Run
 over the rows of all samples, whose bits must not depend on where they stand (tests/export/test_exported_bundle.py). In the other
 graphs, which a compiler takes apart, a norm is its parts and every sample has a product of its own.
 
- Refused: a backward operator left in the graph, a constant taken from the example. Knows torch;
-knows no file format.
+Refused: a backward operator left in the graph, a constant taken from the example. Knows torch; knows no file format.
 """
 
 import copy
