@@ -7,8 +7,8 @@ kernels break that, both measured (torch 2.13, AVX2; tests/prior/test_network.py
   stand at the end of each thread's share, so with 3 threads a batch of 8 is touched in the middle. exp, log, sin, asin, sqrt, erf
   and tanh do not; silu and gelu are written with those here.
 * one matrix product over all rows of a batch treats its last rows by another kernel (float64, or 5 samples in float32). A
-  batched product gives every sample a product of its own, of one shape. An engine whose products have no such rows is spared
-  copies of the weights (`one_product_a_batch`).
+  batched product gives every sample a product of its own, of one shape. An engine that has neither is spared the parts
+  and the copies of the weights (`whole_operators`).
 
 Convolutions, normalisations, softmax and attention over (sample, head) were found invariant.
 
@@ -24,17 +24,20 @@ from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _ROOT_HALF = math.sqrt(0.5)
 _NORMAL_DENSITY = 1 / math.sqrt(2 * math.pi)
-_one_product_a_batch = ContextVar("_one_product_a_batch", default=False)
+_whole_operators = ContextVar("_whole_operators", default=False)
 
 
 def silu(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
     """x * sigmoid(x) = x/2 (1 + tanh(x/2)): no overflow at either end, unlike x / (1 + exp(-x)) in its backward pass."""
+    if _whole_operators.get():
+        return F.silu(x)
     if _in_eager_autograd(x):
         return cast(Tensor, _SiLU.apply(x))
     return 0.5 * x * (1 + torch.tanh(0.5 * x))
@@ -42,6 +45,8 @@ def silu(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
 
 def gelu(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
     """x/2 (1 + erf(x/sqrt 2)), the exact form."""
+    if _whole_operators.get():
+        return F.gelu(x)
     if _in_eager_autograd(x):
         return cast(Tensor, _GELU.apply(x))
     return 0.5 * x * (1 + torch.erf(x * _ROOT_HALF))
@@ -95,8 +100,8 @@ def linear(
     weight: Float[Tensor, "outputs inputs"],
     bias: Float[Tensor, "outputs"] | None,
 ) -> Float[Tensor, "batch *dims outputs"]:
-    """x weight' + bias, one product a sample; under `one_product_a_batch`, one."""
-    if _one_product_a_batch.get():
+    """x weight' + bias, one product a sample; under `whole_operators`, one."""
+    if _whole_operators.get():
         rows = x.reshape(-1, x.shape[-1])
         product = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
         return product.view(*x.shape[:-1], weight.shape[0])
@@ -107,13 +112,13 @@ def linear(
 
 
 @contextmanager
-def one_product_a_batch() -> Generator[None]:
-    """For a trace: while it lasts, `linear` is one product over the rows of all samples."""
-    token = _one_product_a_batch.set(True)
+def whole_operators() -> Generator[None]:
+    """For a trace: while it lasts, `linear` is one product over the rows of all samples, `silu` and `gelu` are torch's own."""
+    token = _whole_operators.set(True)
     try:
         yield
     finally:
-        _one_product_a_batch.reset(token)
+        _whole_operators.reset(token)
 
 
 class Linear(nn.Module):

@@ -4,11 +4,13 @@
                                          (whose bf16 form does not build in TensorRT-RTX); a patch embedding is one product
     layer norm, in a coarse graph        itself, in float32 at least; stock: nine operators, which no engine fuses where the
                                          gradient reads what is between them. TensorRT has none that tells mean and deviation
+    layer norm, backward                 nine passes over the tensor; stock: twelve
     average pool, backward               that of a depthwise convolution with equal weights
-    nearest upsampling                   expand and reshape, whose derivative is a plain sum; stock: index_put with "add"
     slice and select, backward           zeros around the gradient; stock: a scatter into zeros
     group norm and its backward          over [batch, group, rest], a layer norm; stock, traced on a CPU: as_strided with a batch
                                          in its sizes
+    silu, gelu, in a coarse graph        as few operators as their gradients can share; silu's gradient likewise in any graph
+    roll                                 two slices; stock: a gather
     softmax                              itself; stock, in attention: a search for rows that a mask hides whole, which none does
     softmax, backward                    its sum over a row as a product; stock: ReduceSum, which in ONNX Runtime adds up a row
                                          in an order that depends on where in memory it begins, so on a sample's batch mates
@@ -16,8 +18,8 @@
 Each is held to autograd in float64 by tests/export/test_decompositions.py. Knows ATen; knows no network.
 """
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
 
+from tiltscope.engine.batch_invariant import linear
+
 aten = torch.ops.aten
+_ROOT_HALF = math.sqrt(0.5)
+_HALF_LOG_PI = math.log(math.pi) / 2
+_stock_roll = get_decompositions([aten.roll])[aten.roll.default]
+_stock_gelu_gradient = get_decompositions([aten.gelu_backward])[aten.gelu_backward.default]
 # Stock decompositions that core ATen keeps whole and engines lack.
 _OPENED = (
     aten.native_layer_norm,
-    aten.native_layer_norm_backward,
-    aten.gelu_backward,
-    aten.silu_backward,
     aten.tanh_backward,
     aten.sigmoid_backward,
     aten.threshold_backward,
@@ -47,15 +52,20 @@ def table(*, coarse: bool = False) -> dict[Any, Callable[..., Any]]:
         | {
             aten.convolution_backward.default: convolution_input_gradient,
             aten.avg_pool2d_backward.default: average_pool_gradient,
+            aten.native_layer_norm_backward.default: layer_norm_gradient,
             aten.native_group_norm.default: group_norm,
             aten.native_group_norm_backward.default: group_norm_gradient,
+            aten.silu_backward.default: silu_gradient,
+            aten.gelu_backward.default: gelu_gradient,
             aten._safe_softmax.default: softmax,
             aten._softmax_backward_data.default: softmax_gradient,
+            aten.roll.default: roll,
             aten.slice_backward.default: slice_gradient,
             aten.select_backward.default: select_gradient,
         }
     )
-    return found | {aten.native_layer_norm.default: layer_norm} if coarse else found
+    whole = {aten.native_layer_norm.default: layer_norm, aten.silu.default: silu, aten.gelu.default: gelu}
+    return found | whole if coarse else found
 
 
 def convolution_input_gradient(
@@ -101,8 +111,10 @@ def convolution_input_gradient(
         # What a stride that does not divide leaves unread at the far end.
         after = size - (spread.shape[side] + before - reach)
         edges += [before, after]
-    padded = F.pad(spread, edges) if any(edges) else spread
-    return F.conv2d(padded, flipped, None, 1, 0, list(dilation), groups), None, None
+    (left, right), (above, below) = edges[:2], edges[2:]
+    if left == right >= 0 and above == below >= 0:
+        return F.conv2d(spread, flipped, None, 1, [above, left], list(dilation), groups), None, None
+    return F.conv2d(F.pad(spread, edges), flipped, None, 1, 0, list(dilation), groups), None, None
 
 
 def average_pool_gradient(
@@ -168,20 +180,78 @@ def group_norm_gradient(
 ) -> tuple[Tensor | None, None, None]:
     """d loss / d x of a group norm; its parameters have no gradient here.
 
-        u = weight grad,   x^ = (x - mean) rstd,   grad_x = rstd (u - mean(u) - x^ mean(u x^)),   means over a group
-
-    Raises NotImplementedError where a gradient of its parameters is wanted.
+    As of a layer norm, over a group. Raises NotImplementedError where a gradient of its parameters is wanted.
     """
     if mask[1] or mask[2]:
         raise NotImplementedError("gradient of a group norm's parameters: the step graph has none")
     if not mask[0]:
         return None, None, None
-    grouped = (n, groups, channels // groups * places)
+    grouped, each = (n, groups, channels // groups * places), (n, groups, 1)
     u = grad.to(_wide(x)) if weight is None else grad.to(_wide(x)) * _per_channel(weight, x)
-    u, rstd = u.reshape(grouped), rstd.reshape(n, groups, 1)
-    normal = (x.to(_wide(x)).reshape(grouped) - mean.reshape(n, groups, 1)) * rstd
-    found = rstd * (u - u.mean(dim=2, keepdim=True) - normal * (u * normal).mean(dim=2, keepdim=True))
+    found = _norm_gradient(
+        u.reshape(grouped), x.to(_wide(x)).reshape(grouped), mean.reshape(each), rstd.reshape(each), [2]
+    )
     return found.reshape(x.shape).to(x.dtype), None, None
+
+
+def layer_norm_gradient(
+    grad: Tensor,
+    x: Tensor,
+    shape: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Sequence[bool],
+) -> tuple[Tensor | None, None, None]:
+    """d loss / d x of a layer norm; its parameters have no gradient here. mean, rstd: with the last dimensions kept, as 1.
+
+        u = weight grad,   c = x - mean,   grad_x = rstd (u - mean(u)) - c rstd^3 mean(u c)
+
+    Raises NotImplementedError where a gradient of its parameters is wanted.
+    """
+    del bias
+    if mask[1] or mask[2]:
+        raise NotImplementedError("gradient of a layer norm's parameters: the step graph has none")
+    if not mask[0]:
+        return None, None, None
+    u = grad.to(_wide(x)) if weight is None else grad.to(_wide(x)) * weight.to(_wide(x))
+    found = _norm_gradient(u, x.to(_wide(x)), mean.to(_wide(x)), rstd.to(_wide(x)), list(range(-len(shape), 0)))
+    return found.to(x.dtype), None, None
+
+
+def _norm_gradient(u: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dims: list[int]) -> Tensor:
+    centred = x - mean
+    slope = rstd**3 * (u * centred).mean(dims, keepdim=True)
+    return rstd * (u - u.mean(dims, keepdim=True)) - slope * centred
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x)."""
+    return x * torch.sigmoid(x)
+
+
+def silu_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad (s + y (1 - s)), s = sigmoid(x), y = x s: what is also in `silu` is one operator with it."""
+    share = torch.sigmoid(x)
+    return grad * (share + x * share * (1 - share))
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x P(x), P(x) = 1/2 + erf(x/sqrt 2)/2; the tanh form is left as it is."""
+    return NotImplemented if approximate != "none" else x * _normal_distribution(x * _ROOT_HALF)
+
+
+def gelu_gradient(grad: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
+    """grad (P(x) + x exp(-x^2/2)/sqrt(2 pi)), with t = x/sqrt 2: grad (P + t exp(-t^2 - ln(pi)/2)); the tanh form: stock."""
+    if approximate != "none":
+        return _stock_gelu_gradient(grad, x, approximate=approximate)
+    t = x * _ROOT_HALF
+    return grad * (_normal_distribution(t) + t * torch.exp(-_HALF_LOG_PI - t * t))
+
+
+def _normal_distribution(t: Tensor) -> Tensor:
+    return torch.erf(t) * 0.5 + 0.5
 
 
 def softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -204,6 +274,15 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.to(_wide(x)).reshape(1, -1, *(1,) * (x.ndim - 2))
+
+
+def roll(x: Tensor, shifts: Sequence[int], dims: Sequence[int]) -> Tensor:
+    """Two slices, exchanged; along more than one dimension: stock."""
+    if len(shifts) != 1 or len(dims) != 1:
+        return _stock_roll(x, shifts, dims)
+    size = x.shape[dims[0]]
+    moved = shifts[0] % size
+    return torch.cat((x.narrow(dims[0], size - moved, moved), x.narrow(dims[0], 0, size - moved)), dims[0])
 
 
 def slice_gradient(grad: Tensor, sizes: Sequence[int], dim: int, start: int, end: int, step: int) -> Tensor:
@@ -232,7 +311,7 @@ def _patch_gradient(grad: Tensor, weight: Tensor, shape: tuple[int, int, int, in
     n, channels, height, width = shape
     outputs, _, kh, kw = weight.shape
     rows, columns = grad.shape[2:]
-    each = grad.permute(0, 2, 3, 1).reshape(n, rows * columns, outputs) @ weight.reshape(outputs, channels * kh * kw)
+    each = linear(grad.permute(0, 2, 3, 1), weight.reshape(outputs, channels * kh * kw).T, None)
     placed = each.reshape(n, rows, columns, channels, kh, kw).permute(0, 3, 1, 4, 2, 5)
     placed = placed.reshape(n, channels, rows * kh, columns * kw)
     return F.pad(placed, [0, width - columns * kw, 0, height - rows * kh])
@@ -245,31 +324,3 @@ def _insert_zeros(grad: Tensor, stride: Sequence[int]) -> Tensor:
         return grad
     spread = F.pad(grad[:, :, :, None, :, None], [0, stride[1] - 1, 0, 0, 0, stride[0] - 1])
     return spread.reshape(n, outputs, rows * stride[0], columns * stride[1])
-
-
-@contextmanager
-def plain_upsampling() -> Generator[None]:
-    """While it lasts F.interpolate by a whole factor, nearest, is expand and reshape; all else is torch's own."""
-    stock = F.interpolate
-
-    def interpolate(
-        input: Tensor,
-        size: Any = None,
-        scale_factor: Any = None,
-        mode: str = "nearest",
-        align_corners: bool | None = None,
-        **rest: Any,
-    ) -> Tensor:
-        factor = scale_factor if isinstance(scale_factor, int | float) else None
-        if mode != "nearest" or size is not None or factor is None or factor != int(factor) or input.ndim != 4:
-            return stock(input, size, scale_factor, mode, align_corners, **rest)
-        n, channels, height, width = input.shape
-        f = int(factor)
-        wide = input[:, :, :, None, :, None].expand(n, channels, height, f, width, f)
-        return wide.reshape(n, channels, height * f, width * f)
-
-    F.interpolate = interpolate
-    try:
-        yield
-    finally:
-        F.interpolate = stock

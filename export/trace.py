@@ -33,22 +33,22 @@ from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
     StatelessSymbolicContext,
-    statically_known_true,
-    sym_eq,
 )
 from torch.fx.graph import CodeGen
 from torch.fx.graph_module import GraphModule
 from torch.fx.node import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tiltscope.engine.batch_invariant import one_product_a_batch
+from tiltscope.engine.batch_invariant import whole_operators
 from tiltscope.engine.errors import ExportError
 from tiltscope.engine.feature.hooked import Trunk
 from tiltscope.engine.feature.readout import Readout, read
 from tiltscope.engine.prior.network import NetworkDenoiser
 from tiltscope.engine.runtime.conditioning import CONDITIONING
 from tiltscope.engine.runtime.function_parts import FunctionDenoiser, FunctionTrunk
-from tiltscope.export.decompositions import plain_upsampling, table
+from tiltscope.export.decompositions import table
+from tiltscope.export.plain import plain_functions
+from tiltscope.export.simplify import simplify
 
 
 class _Given(nn.Module):
@@ -166,16 +166,14 @@ def trace(networks: StepNetworks, graph: str, example: Sequence[Tensor], *, coar
         )
 
     # MATH is not a choice: with a fused attention kernel the forward decomposes, its backward does not.
-    products = one_product_a_batch() if coarse else nullcontext()
+    operators = whole_operators() if coarse else nullcontext()
     make = make_fx(
         program, tracing_mode="symbolic", decomposition_table=table(coarse=coarse), _allow_non_fake_inputs=True
     )
-    with sdpa_kernel(SDPBackend.MATH), plain_upsampling(), products:
+    with sdpa_kernel(SDPBackend.MATH), plain_functions(), operators:
         traced = make(held, *inputs)
     networks.given.value = None  # no fake tensor may outlive the trace
-    _remove_expansions_of_nothing(traced)
-    traced.graph.eliminate_dead_code()
-    traced.recompile()
+    simplify(traced)
     _check(traced, graph, closed_over=networks.closed_over)
     return StepGraph(traced, weights, _lift_constants(traced) if networks.closed_over else {}).eval()
 
@@ -205,15 +203,6 @@ def _lift_constants(traced: GraphModule) -> dict[str, Tensor]:
         delattr(traced, name)  # or it would be weights beside what it has become
     traced.recompile()
     return constants
-
-
-def _remove_expansions_of_nothing(traced: GraphModule) -> None:
-    """An expansion to the size that a tensor has: beside a symbolic batch no engine sees that it is none, and copies."""
-    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.expand.default):
-        (given, *_), made = node.args, node.meta["val"]
-        if isinstance(given, Node) and statically_known_true(sym_eq(given.meta["val"].shape, made.shape)):
-            node.replace_all_uses_with(given)
-            traced.graph.erase_node(node)
 
 
 class _Calling(nn.Module):

@@ -172,7 +172,7 @@ class TruncatedDINOv2(Trunk):
         if self.config.vit.num_register_tokens:
             h = torch.cat([h[:, :1], each.register_tokens.expand(b, -1, -1), h[:, 1:]], dim=1)
         for block in self.layer:
-            h = block(h, None, None)
+            h = block(h, None)
         return h if self.norm is None else self.norm(h)
 
 

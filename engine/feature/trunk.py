@@ -67,13 +67,19 @@ class TruncatedViT(Trunk):
         super()._set_tables(dtype)
         head_width = self.width // self.config.num_attention_heads
         with torch.device("cpu"):
-            cos, sin = rope_tables(self.grid, head_width=head_width, base=self.config.rope_theta, dtype=dtype)
-        self.cos, self.sin = nn.Buffer(cos, persistent=False), nn.Buffer(sin, persistent=False)
+            cos, signed_sin = rope_tables(
+                self.grid,
+                num_prefix_tokens=self.num_prefix_tokens,
+                head_width=head_width,
+                base=self.config.rope_theta,
+                dtype=dtype,
+            )
+        self.cos, self.signed_sin = nn.Buffer(cos, persistent=False), nn.Buffer(signed_sin, persistent=False)
 
     def tokens(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens channel"]:
         h = self.embeddings(pixels)
         for block in self.layer:
-            h = block(h, self.cos, self.sin)
+            h = block(h, (self.cos, self.signed_sin))
         return h if self.norm is None else self.norm(h)
 
 

@@ -4,7 +4,8 @@ Own definitions rather than transformers' classes: only what inference needs is 
 and the attention that runs is the one written here. tests/feature/test_trunk.py holds them equal to transformers' model.
 
     block(h):  h = h + lambda1 * Attention(LayerNorm(h));   h = h + lambda2 * MLP(LayerNorm(h))
-    RoPE (patch tokens only):  q' = q cos + rotate_half(q) sin,  angle = 2 pi coordinate / base^(4i/head_width)
+    RoPE:  (q1', q2') = (q1, q2) cos + (-q2, q1) sin,  halves of a head;  angle = 2 pi coordinate / base^(4i/head_width) of a
+           patch, 0 of the class token and the registers
 
 Source: DINOv3 (arXiv:2508.10104); RoPE of the axial form its released code uses.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -72,9 +74,9 @@ class ViTConfig:
 
 
 def rope_tables(
-    grid: tuple[int, int], *, head_width: int, base: float, dtype: torch.dtype
-) -> tuple[Float[Tensor, "patches head_width"], Float[Tensor, "patches head_width"]]:
-    """(cos, sin) [gh*gw, head_width] of patch centres, coordinates in [-1, 1] along each axis.
+    grid: tuple[int, int], *, num_prefix_tokens: int, head_width: int, base: float, dtype: torch.dtype
+) -> tuple[Float[Tensor, "tokens head_width"], Float[Tensor, "tokens head_width"]]:
+    """(cos, (-sin, sin)) [num_prefix_tokens + gh*gw, head_width] of patch centres, coordinates in [-1, 1] along each axis.
 
     Computed in float32 for float32 and below (bit for bit what transformers computes), in float64 for float64. A pure function:
     transformers keeps its coordinates in a global cache, whose tensors must not leak into a trace or an inference-mode run.
@@ -84,14 +86,17 @@ def rope_tables(
     rows = torch.arange(0.5, grid[0], dtype=work) / grid[0]
     columns = torch.arange(0.5, grid[1], dtype=work) / grid[1]
     centre = 2.0 * torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1) - 1.0  # [gh*gw, 2]
-    angle = (2 * math.pi * centre[:, :, None] * inverse[None, None, :]).flatten(1, 2).tile(2)
-    return torch.cos(angle).to(dtype), torch.sin(angle).to(dtype)
+    angle = (2 * math.pi * centre[:, :, None] * inverse[None, None, :]).flatten(1, 2)  # [gh*gw, head_width / 2]
+    angle = F.pad(angle, [0, 0, num_prefix_tokens, 0])
+    cos, sin = torch.cos(angle).to(dtype), torch.sin(angle).to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotate_half(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
-    """(x1, x2) -> (-x2, x1), halves of the last dimension."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
+def rotate(
+    x: Float[Tensor, "*dims tokens head_width"], cos: Tensor, signed_sin: Tensor
+) -> Float[Tensor, "*dims tokens head_width"]:
+    """RoPE with the tables of `rope_tables`."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * signed_sin
 
 
 class Embeddings(nn.Module):
@@ -113,7 +118,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k' / sqrt(head_width)) v, RoPE on the patch tokens of q and k where there are tables for it."""
+    """softmax(q k' / sqrt(head_width)) v, RoPE on q and k where there are tables for it."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -126,25 +131,19 @@ class Attention(nn.Module):
         self.o_proj = Linear(d, d, bias=config.proj_bias)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [b, heads, tokens, head_width]
-
-    def _rotate(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        if cos is None or sin is None:
-            return x
-        prefix = x.shape[2] - cos.shape[0]
-        patches = x[:, :, prefix:]
-        return torch.cat((x[:, :, :prefix], patches * cos + rotate_half(patches) * sin), dim=2)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).flatten(0, 1)  # [b*heads, tokens, head_width]
 
     def forward(
-        self, h: Float[Tensor, "batch tokens d"], cos: Tensor | None, sin: Tensor | None
+        self, h: Float[Tensor, "batch tokens d"], rope: tuple[Tensor, Tensor] | None
     ) -> Float[Tensor, "batch tokens d"]:
-        q = self._rotate(self._heads(self.q_proj(h)), cos, sin)
-        k = self._rotate(self._heads(self.k_proj(h)), cos, sin)
-        v = self._heads(self.v_proj(h))
+        q, k, v = (self._heads(project(h)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         # Two plain products, not the blocked kernel: for some 70 tokens they are as fast, every product is one sample's and one
         # head's, so batch mates cannot change a bit (tests/feature/test_trunk.py), and any exporter can differentiate them.
-        weights = torch.softmax(q @ k.transpose(2, 3) * self.scale, dim=-1)
-        return self.o_proj((weights @ v).transpose(1, 2).flatten(2))
+        # Of three dimensions, so that an engine sees transposition, product and scale side by side, and makes them one.
+        weights = torch.softmax(q @ k.transpose(1, 2) * self.scale, dim=-1)
+        return self.o_proj((weights @ v).unflatten(0, (-1, self.num_heads)).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -186,7 +185,7 @@ class Block(nn.Module):
         self.layer_scale2 = LayerScale(d)
 
     def forward(
-        self, h: Float[Tensor, "batch tokens d"], cos: Tensor | None, sin: Tensor | None
+        self, h: Float[Tensor, "batch tokens d"], rope: tuple[Tensor, Tensor] | None
     ) -> Float[Tensor, "batch tokens d"]:
-        h = self.layer_scale1(self.attention(self.norm1(h), cos, sin)) + h
+        h = self.layer_scale1(self.attention(self.norm1(h), rope)) + h
         return self.layer_scale2(self.mlp(self.norm2(h))) + h

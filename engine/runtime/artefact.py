@@ -43,7 +43,7 @@ DESCRIPTION, SELF_TEST = "artefact.json", "selftest.safetensors"
 SCHEMA_VERSION = 2
 # What graphs take, give and are made of, and what the self-test holds of it; another number for every change, so that files
 # of an older form are not opened.
-GRAPH_FORM = 5
+GRAPH_FORM = 6
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiltscope.export.decompositions import (
     convolution_input_gradient,
     group_norm_gradient,
     layer_norm,
-    plain_upsampling,
+    layer_norm_gradient,
     slice_gradient,
     softmax_gradient,
     table,
 )
+from tiltscope.export.simplify import simplify
 
 aten = torch.ops.aten
 
@@ -81,6 +83,13 @@ def test_a_group_norms_parameters_have_no_gradient_here():
     assert group_norm_gradient(x, x, each, each, None, 2, 4, 3, 2, [False] * 3) == (None, None, None)
 
 
+def test_a_layer_norms_parameters_have_no_gradient_here():
+    x, each, gain = numbers(2, 4, 5), numbers(2, 4, 1), numbers(5)
+    with pytest.raises(NotImplementedError, match="parameters"):
+        layer_norm_gradient(x, x, [5], each, each, gain, gain, [True, True, False])
+    assert layer_norm_gradient(x, x, [5], each, each, gain, gain, [False] * 3) == (None, None, None)
+
+
 def test_a_slice_with_steps_has_no_gradient_here():
     with pytest.raises(NotImplementedError, match="step 2"):
         slice_gradient(numbers(2, 2), [2, 4], 1, 0, 4, 2)
@@ -96,30 +105,6 @@ def test_what_has_no_gradient_here_says_so():
     assert convolution_input_gradient(x, x, weight, None, *rest, False, [0, 0], 1, [False] * 3) == (None, None, None)
 
 
-@pytest.mark.parametrize("factor", [2, 3, 2.0])
-def test_upsampling_is_the_same_function_with_the_same_gradient(factor):
-    x = numbers(2, 3, 4, 5).requires_grad_()
-    stock = F.interpolate
-    expected = F.interpolate(x, scale_factor=factor, mode="nearest")
-    with plain_upsampling():
-        found = F.interpolate(x, scale_factor=factor, mode="nearest")
-        module = torch.nn.Upsample(scale_factor=factor)(x)  # which passes everything by place
-        smooth = F.interpolate(x, scale_factor=2, mode="bilinear")
-    assert F.interpolate is stock
-    assert torch.equal(found, expected)
-    assert torch.equal(module, expected)
-    torch.testing.assert_close(smooth, F.interpolate(x, scale_factor=2, mode="bilinear"))
-    cotangent = numbers(*found.shape, seed=3)
-    torch.testing.assert_close(*(torch.autograd.grad(y, x, cotangent)[0] for y in (found, expected)))
-
-
-def test_the_upsampling_is_put_back_after_an_error():
-    stock = F.interpolate
-    with pytest.raises(ZeroDivisionError), plain_upsampling():
-        _ = 1 / 0
-    assert F.interpolate is stock
-
-
 @pytest.mark.parametrize(
     ("name", "function", "shape"),
     [
@@ -127,6 +112,7 @@ def test_the_upsampling_is_put_back_after_an_error():
         ("group norm without weights", lambda x: F.group_norm(x, 2), (2, 4, 3, 3)),
         ("group norm of tokens", lambda x: F.group_norm(x, 2, GAIN[:4], OFFSET[:4], 1e-2), (2, 4, 5)),
         ("layer norm", lambda x: F.layer_norm(x, (5,), GAIN, OFFSET), (2, 3, 5)),
+        ("layer norm over two dimensions", lambda x: F.layer_norm(x, (3, 5)), (2, 3, 5)),
         ("softmax", lambda x: torch.softmax(x, -1), (2, 3, 5)),
         ("gelu", F.gelu, (2, 7)),
         ("tanh gelu", lambda x: F.gelu(x, approximate="tanh"), (2, 7)),
@@ -139,12 +125,14 @@ def test_the_upsampling_is_put_back_after_an_error():
         ("selected places", lambda x: x[:, 1] * x[:, -1] + x.select(-1, 0).sum(), (2, 3, 3)),
         ("a shifted sum", lambda x: sum(F.pad(x, [1, 1])[..., at : at + 5] * at for at in range(3)), (2, 3, 5)),
         ("jump relu", lambda x: torch.where(x > 0.3, x, torch.zeros_like(x)), (2, 9)),
+        ("roll", lambda x: x.roll(2, -1) * x.roll(-1, 0), (3, 5)),
+        ("roll along two dimensions", lambda x: x.roll((1, 2), (0, 1)), (3, 5)),
         ("rms norm", lambda x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6), (2, 9)),
     ],
 )
-def test_the_table_leaves_no_backward_operator_and_the_gradient_is_autograds(name, function, shape):
+@pytest.mark.parametrize("coarse", [False, True])
+def test_the_table_leaves_no_backward_operator_and_the_gradient_is_autograds(name, function, shape, coarse):
     """Each operation of the networks alone, traced as the step is."""
-    from torch.fx.experimental.proxy_tensor import make_fx
 
     def value_and_grad(x):
         with torch.enable_grad():
@@ -154,7 +142,7 @@ def test_the_table_leaves_no_backward_operator_and_the_gradient_is_autograds(nam
         return y.detach(), grad
 
     x = numbers(*shape)
-    traced = make_fx(value_and_grad, decomposition_table=table(), tracing_mode="real")(x)
+    traced = make_fx(value_and_grad, decomposition_table=table(coarse=coarse), tracing_mode="real")(x)
     left = [str(node.target) for node in traced.graph.nodes]
     assert not [name for name in left if "backward" in name or "scatter" in name or "strided" in name]
     other = numbers(*shape, seed=9)
@@ -208,6 +196,38 @@ def test_no_sum_over_a_row_is_left_to_an_engine_in_the_gradient_of_a_softmax():
     found = operators_of(gradient, torch.zeros(2, 3, 5))
     assert [name for name in found if "_softmax" in name] == ["aten._softmax.default"]
     assert not [name for name in found if "sum.dim" in name]
+
+
+def test_a_coarse_graph_computes_nothing_twice_for_a_gradient():
+    """Once an engine has made equal operators one, which every one does: these are what is left to run."""
+
+    def gradient_of(function):
+        def both(x):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                y = function(x)
+                return y.detach(), torch.autograd.grad(y, x, x.detach())[0]
+
+        traced = make_fx(both, decomposition_table=table(coarse=True))(torch.zeros(2, 5))
+        simplify(traced)
+        shared = CSEPass()(traced).graph_module
+        return sorted(str(node.target).split(".")[1] for node in shared.graph.nodes if node.op == "call_function")
+
+    assert gradient_of(F.silu) == ["add", "mul", "mul", "mul", "sigmoid", "sub"]
+    assert gradient_of(F.gelu).count("erf") == gradient_of(F.gelu).count("exp") == 1
+    assert len(gradient_of(F.gelu)) == 11
+
+
+def test_a_convolutions_gradient_leaves_the_border_to_the_convolution():
+    """A tensor with a border is a copy."""
+    weight, x = torch.zeros(5, 4, 3, 3), torch.zeros(2, 4, 6, 6)
+
+    def gradient(grad):
+        return convolution_input_gradient(
+            grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
+        )[0]
+
+    assert not [name for name in operators_of(gradient, torch.zeros(2, 5, 6, 6)) if "pad" in name]
 
 
 def test_a_convolution_of_one_pixel_is_a_convolution_backwards_too():

@@ -217,13 +217,14 @@ def test_a_constant_of_the_example_is_refused(prior, feature):
         trace(networks, "unguided", examples(prior, feature)["unguided"])
 
 
-def test_attention_traced_without_the_math_backend_is_refused(feature, tmp_path, monkeypatch):
-    """As a U-Net's attention is written; our own trunk's needs no backend."""
+def test_attention_traced_as_a_fused_kernel_is_refused(feature, tmp_path, monkeypatch):
+    """A U-Net's, left to torch, neither in plain operators nor told to be: its backward does not decompose."""
     from contextlib import nullcontext
 
     import tiltscope.export.trace as module
 
     monkeypatch.setattr(module, "sdpa_kernel", lambda backend: nullcontext())
+    monkeypatch.setattr(module, "plain_functions", nullcontext)
     prior = small_prior(tmp_path, add_attention=True)
     with pytest.raises(ExportError, match=r"flash_attention.*backward.* has no decomposition"):
         trace(StepNetworks(prior.network, feature.trunk), "pullback", examples(prior, feature)["pullback"])

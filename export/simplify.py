@@ -1,0 +1,99 @@
+"""What a traced graph says in more operators than it takes, and engines run as it is said.
+
+    expansion to the size that a tensor has           the tensor: beside a symbolic batch no engine sees that, and copies
+    a view of a view, a transposition of one          one, or none
+    an alias, which a detached tensor is              the tensor
+    B' A' of a product A B that is only read turned   as the gradient of k in q k' is: engines turn what goes into a product for
+                                                      nothing, what comes out of it by a copy
+
+No value changes by a bit. Knows ATen; knows no network.
+"""
+
+from typing import cast
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.fx.graph_module import GraphModule
+from torch.fx.node import Node
+
+aten = torch.ops.aten
+_SWAPPED = [0, 2, 1]
+
+
+def simplify(traced: GraphModule) -> None:
+    """All of the above, in place. Nodes keep their example values (meta["val"])."""
+    for node in list(traced.graph.nodes):
+        if node.target is aten.alias.default:
+            _replace(node, _source(node))
+        elif node.target is aten.expand.default:
+            _replace_if_same_size(node)
+        elif node.target is aten.view.default:
+            _join_views(node)
+        elif node.target is aten.permute.default:
+            _join_transpositions(node)
+    for node in traced.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default  # a turned product lies otherwise in memory, and what is computed from it
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+
+
+def _source(node: Node) -> Node:
+    return cast(Node, node.args[0])
+
+
+def _replace(node: Node, by: Node) -> None:
+    node.replace_all_uses_with(by)
+    _erase_unread(node)
+
+
+def _erase_unread(node: Node) -> None:
+    """At once: a product counts who reads it."""
+    if node.op == "call_function" and not node.users:
+        sources = node.all_input_nodes
+        node.graph.erase_node(node)
+        for source in sources:
+            _erase_unread(source)
+
+
+def _read_instead(node: Node, source: Node) -> None:
+    former = _source(node)
+    node.replace_input_with(former, source)
+    _erase_unread(former)
+
+
+def _replace_if_same_size(node: Node) -> None:
+    if statically_known_true(sym_eq(_source(node).meta["val"].shape, node.meta["val"].shape)):
+        _replace(node, _source(node))
+
+
+def _join_views(node: Node) -> None:
+    while _source(node).target is aten.view.default:
+        _read_instead(node, _source(_source(node)))
+    _replace_if_same_size(node)
+
+
+def _join_transpositions(node: Node) -> None:
+    source, order = cast(tuple[Node, list[int]], node.args)
+    if source.target is aten.permute.default:
+        before = cast(list[int], source.args[1])
+        joined = [before[at] for at in order]
+        if joined == sorted(joined):
+            _replace(node, _source(source))
+        else:
+            node.args = (source, joined)
+            _read_instead(node, _source(source))
+    elif source.target is aten.bmm.default and order == _SWAPPED and len(source.users) == 1:
+        left, right = cast(tuple[Node, Node], source.args)
+        with node.graph.inserting_before(node):
+            product = node.graph.call_function(aten.bmm.default, (_swapped(right), _swapped(left)))
+        product.meta["val"] = node.meta["val"]
+        _replace(node, product)
+
+
+def _swapped(node: Node) -> Node:
+    """The tensor with its last two dimensions exchanged: where it is itself such a one, what that was made from."""
+    if node.target is aten.permute.default and node.args[1] == _SWAPPED:
+        return _source(node)
+    turned = node.graph.call_function(aten.permute.default, (node, _SWAPPED))
+    turned.meta["val"] = node.meta["val"].permute(_SWAPPED)
+    return turned
