@@ -7,14 +7,15 @@ kernels break that, both measured (torch 2.13, AVX2; tests/prior/test_network.py
   stand at the end of each thread's share, so with 3 threads a batch of 8 is touched in the middle. exp, log, sin, asin, sqrt, erf
   and tanh do not; silu and gelu are written with those here.
 * one matrix product over all rows of a batch treats its last rows by another kernel (float64, or 5 samples in float32). A
-  batched product gives every sample a product of its own, of one shape. An engine that has neither is spared the parts
-  and the copies of the weights (`whole_operators`).
+  batched product gives every sample a product of its own, of one shape.
+
+An engine in which neither is so is spared the parts, and the copies of the weights (`whole_operators`).
 
 Convolutions, normalisations, softmax and attention over (sample, head) were found invariant.
 
 What is composed of many operations is dear in eager autograd, which keeps and multiplies an intermediate for each: silu and gelu
 were a seventh of a guided row. So where a gradient is wanted they are functions of their own, whose derivative is written down
-and computed in place. Their values are the composed form's bit for bit. A trace sees the composed form, as it always has.
+and computed in place. Their values are the composed form's bit for bit. A trace sees the composed form, or torch's own.
 """
 
 import math

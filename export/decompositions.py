@@ -9,7 +9,8 @@
     slice and select, backward           zeros around the gradient; stock: a scatter into zeros
     group norm and its backward          over [batch, group, rest], a layer norm; stock, traced on a CPU: as_strided with a batch
                                          in its sizes
-    silu, gelu, in a coarse graph        as few operators as their gradients can share; silu's gradient likewise in any graph
+    gelu, in a coarse graph              in the operators of its gradient; stock: itself, another erf
+    silu and gelu, backward              in as few operators as they can share with their values
     roll                                 two slices; stock: a gather
     softmax                              itself; stock, in attention: a search for rows that a mask hides whole, which none does
     softmax, backward                    its sum over a row as a product; stock: ReduceSum, which in ONNX Runtime adds up a row
@@ -64,7 +65,7 @@ def table(*, coarse: bool = False) -> dict[Any, Callable[..., Any]]:
             aten.select_backward.default: select_gradient,
         }
     )
-    whole = {aten.native_layer_norm.default: layer_norm, aten.silu.default: silu, aten.gelu.default: gelu}
+    whole = {aten.native_layer_norm.default: layer_norm, aten.gelu.default: gelu}
     return found | whole if coarse else found
 
 
@@ -226,13 +227,8 @@ def _norm_gradient(u: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dims: list[
     return rstd * (u - u.mean(dims, keepdim=True)) - slope * centred
 
 
-def silu(x: Tensor) -> Tensor:
-    """x sigmoid(x)."""
-    return x * torch.sigmoid(x)
-
-
 def silu_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """grad (s + y (1 - s)), s = sigmoid(x), y = x s: what is also in `silu` is one operator with it."""
+    """grad (s + y (1 - s)), s = sigmoid(x), y = x s: what is also in x s is one operator with it."""
     share = torch.sigmoid(x)
     return grad * (share + x * share * (1 - share))
 

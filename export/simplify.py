@@ -6,7 +6,7 @@
     B' A' of a product A B that is only read turned   as the gradient of k in q k' is: engines turn what goes into a product for
                                                       nothing, what comes out of it by a copy
 
-No value changes by a bit. Knows ATen; knows no network.
+Values stay the same sums of the same numbers. Knows ATen; knows no network.
 """
 
 from typing import cast

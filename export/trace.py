@@ -11,9 +11,10 @@ on the host (engine/runtime/conditioning.py) and cast at the edge, so no graph n
 that one graph serves every feature of a hook. Order of inputs and outputs: engine/runtime/exported.py. The batch is symbolic;
 weights are lifted to buffers.
 
-A coarse graph is for engines that run operator after operator, such as ONNX Runtime: a norm is one, and a layer's product is one
-over the rows of all samples, whose bits must not depend on where they stand (tests/export/test_exported_bundle.py). In the other
-graphs, which a compiler takes apart, a norm is its parts and every sample has a product of its own.
+A coarse graph is for engines that run operator after operator, such as ONNX Runtime: a norm is one, silu and gelu are as few as
+their gradients can share, and a layer's product is one over the rows of all samples, whose bits must not depend on where they
+stand (tests/export/test_exported_bundle.py). In the other graphs, which a compiler takes apart, a norm is its parts, silu and
+gelu are the reference's, and every sample has a product of its own. What either says twice is taken out (simplify.py).
 
 Refused: a backward operator left in the graph, a constant taken from the example. Knows torch; knows no file format.
 """

@@ -57,7 +57,7 @@ def peers() -> Iterator[str]:
         cells.append(f"{way['mean']:.2f} ± {way['se']:.2f}{'' if way['matched'] else ' (not matched)'}")
         cells.append(f"{way['naturalness']:.2f} ± {way['naturalness_se'] or 0:.2f}")
         cells.append(f"{way['detail']:.2f}" if "detail" in way else "not measured")
-        for num in (line["num"], 1):
+        for num in (line["together"], 1):
             told = way[f"seconds_{num}"]["p50"]
             cells.append(f"{told:.2f} ({told / base[f'seconds_{num}']['p50']:.2f}x)")
         rows.append([*cells, way["cannot"] or "-"])
@@ -67,8 +67,11 @@ def peers() -> Iterator[str]:
             "row hold, strengths and naturalness are that prior's."
         )
     columns = ["way", "rows", "strength", "activation", "naturalness", "detail"]
-    columns += [f"s a picture, {line['num']} at once", "one alone"]
-    yield measured(line, "benchmarks/peers.py") + f" Target {line['target']:.2f}; runner {line['runner']}."
+    columns += [f"s a picture, {line['together']} at once", "one alone"]
+    yield (
+        measured(line, "benchmarks/peers.py")
+        + f" {line['num']} pictures of each way. Target {line['target']:.2f}; runner {line['runner']}."
+    )
     yield table([*columns, "cannot"], rows)
     yield (
         f"x: times the time of {line['base']}. Detail: mean absolute Laplacian, 1 as in held-out pictures. Few rows blur, which "

@@ -92,16 +92,19 @@ def test_no_expansion_to_the_size_it_has_is_left(tiny_bundle):
     assert all(str(node.args[0].meta["val"].shape) != str(node.meta["val"].shape) for node in expansions)
 
 
-def test_samples_share_a_product_in_a_coarse_graph(tiny_bundle):
+def test_samples_share_a_product_in_a_coarse_graph_and_operators_are_whole(tiny_bundle):
     bundle = tiltscope.load(str(tiny_bundle))
     feature = bundle.feature("blocks.1:sae:3")
     shared, apart = (next(traced_graphs(bundle.prior, feature, "onnx", coarse=coarse)) for coarse in (True, False))
     addmm, bmm = torch.ops.aten.addmm.default, torch.ops.aten.bmm.default
+    sigmoid, tanh = torch.ops.aten.sigmoid.default, torch.ops.aten.tanh.default
     num = {
         each: [node.target for node in operators_of(of.graph)] for each, of in (("shared", shared), ("apart", apart))
     }
     assert num["apart"].count(addmm) == 0
     assert num["shared"].count(addmm) > 0
     assert num["shared"].count(bmm) + num["shared"].count(addmm) <= num["apart"].count(bmm)
+    assert (num["shared"].count(tanh), num["apart"].count(sigmoid)) == (0, 0)
+    assert num["shared"].count(sigmoid) == num["apart"].count(tanh) > 0
     more = [torch.cat([each, each[:1]]) for each in shared.example]
     torch.testing.assert_close(shared.graph(*more), apart.graph(*more))
