@@ -13,10 +13,10 @@
 The preset fast is the row that benchmarks/budget.py chose on more features than this one (engine/presets.py names it).
 
 Each row's strength is found by dual ascent on its own draws, the first one's from the second's and then by secant steps; with
---former from the strengths of that file's last line, by secant steps alone. Memory is that of a guided row, as foreseen
-(benchmarks/memory.py holds that to what is measured). The gate: a row is timed only where the mean activation of its pictures is
-the target's within 5 % or two standard errors. Buckets of all rows are drawn in turn, so that a drifting machine moves all of
-them. Appends a line to results/ablation.jsonl, and prints the table of docs/decisions.md.
+--former, rows that its last line has start at their strengths there, and only secant steps follow. Memory is that of a guided
+row, as foreseen (benchmarks/memory.py holds that to what is measured). The gate: a row is timed only where the mean
+activation of its pictures is the target's within 5 % or two standard errors. Buckets of all rows are drawn in turn, so that a
+drifting machine moves all of them. Appends a line to results/ablation.jsonl, and prints the table of docs/decisions.md.
 
     python benchmarks/ablation.py [--feature blocks.5:sae:1169] [--num 32]
 """

@@ -66,7 +66,7 @@ CANDIDATES = (
     Candidate(8, "linear_beta", (0.0, 0.99)),
     Candidate(7, "linear_beta"),
     Candidate(6, "linear_beta", (0.0, 0.99)),
-    # Rows that end at more noise: the last one, from about sigma = .5 to the picture, is guided too.
+    # Other ends of the grid: of six rows the last one, which goes to the picture at once, begins at .46 or .41 in place of .50.
     Candidate(6, "linear_beta(low=0.1, high=16.0)", (0.0, 0.98)),
     Candidate(6, "linear_beta(low=0.1, high=12.0)", (0.0, 0.96)),
     Candidate(5, "linear_beta(low=0.1, high=12.0)", (0.0, 0.96)),

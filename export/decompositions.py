@@ -228,22 +228,27 @@ def _norm_gradient(u: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dims: list[
 
 
 def silu_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """grad (s + y (1 - s)), s = sigmoid(x), y = x s: what is also in x s is one operator with it."""
-    share = torch.sigmoid(x)
-    return grad * (share + x * share * (1 - share))
+    """grad (s + y (1 - s)), s = sigmoid(x), y = x s: what is also in x s is one operator with it. float32 at least inside."""
+    wide = x.to(_wide(x))
+    share = torch.sigmoid(wide)
+    return (grad.to(wide.dtype) * (share + wide * share * (1 - share))).to(x.dtype)
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """x P(x), P(x) = 1/2 + erf(x/sqrt 2)/2; the tanh form is left as it is."""
-    return NotImplemented if approximate != "none" else x * _normal_distribution(x * _ROOT_HALF)
+    """x P(x), P(x) = 1/2 + erf(x/sqrt 2)/2, float32 at least inside; the tanh form is left as it is."""
+    if approximate != "none":
+        return NotImplemented
+    wide = x.to(_wide(x))
+    return (wide * _normal_distribution(wide * _ROOT_HALF)).to(x.dtype)
 
 
 def gelu_gradient(grad: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
-    """grad (P(x) + x exp(-x^2/2)/sqrt(2 pi)), with t = x/sqrt 2: grad (P + t exp(-t^2 - ln(pi)/2)); the tanh form: stock."""
+    """grad (P(x) + x exp(-x^2/2)/sqrt(2 pi)), with t = x/sqrt 2: grad (P + t exp(-t^2 - ln(pi)/2)), float32 at least inside; the
+    tanh form: stock."""
     if approximate != "none":
         return _stock_gelu_gradient(grad, x, approximate=approximate)
-    t = x * _ROOT_HALF
-    return grad * (_normal_distribution(t) + t * torch.exp(-_HALF_LOG_PI - t * t))
+    t = x.to(_wide(x)) * _ROOT_HALF
+    return (grad.to(t.dtype) * (_normal_distribution(t) + t * torch.exp(-_HALF_LOG_PI - t * t))).to(x.dtype)
 
 
 def _normal_distribution(t: Tensor) -> Tensor:
@@ -272,7 +277,7 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.to(_wide(x)).reshape(1, -1, *(1,) * (x.ndim - 2))
 
 
-def roll(x: Tensor, shifts: Sequence[int], dims: Sequence[int]) -> Tensor:
+def roll(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
     """Two slices, exchanged; along more than one dimension: stock."""
     if len(shifts) != 1 or len(dims) != 1:
         return _stock_roll(x, shifts, dims)

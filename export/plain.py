@@ -50,7 +50,8 @@ def _upsampling(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _attention(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """[batch, heads, tokens, width], float32 or float64 (in half precision stock computes in float32), without a mask."""
+    """[batch, heads, tokens, width], without a mask or broadcasting; float32 or float64, as in half precision stock computes in
+    float32."""
 
     def attention(
         query: Tensor,
@@ -63,7 +64,8 @@ def _attention(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         enable_gqa: bool = False,
     ) -> Tensor:
         more = attn_mask is not None or dropout_p or is_causal or enable_gqa
-        if more or query.ndim != 4 or query.dtype not in (torch.float32, torch.float64):
+        alike = query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
+        if more or not alike or query.dtype not in (torch.float32, torch.float64):
             return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         q, k, v = (each.flatten(0, 1) for each in (query, key, value))
         weights = torch.softmax(q @ k.transpose(1, 2) * (query.shape[-1] ** -0.5 if scale is None else scale), dim=-1)

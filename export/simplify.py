@@ -12,6 +12,7 @@ Values stay the same sums of the same numbers. Knows ATen; knows no network.
 from typing import cast
 
 import torch
+from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.fx.graph_module import GraphModule
 from torch.fx.node import Node
@@ -21,7 +22,12 @@ _SWAPPED = [0, 2, 1]
 
 
 def simplify(traced: GraphModule) -> None:
-    """All of the above, in place. Nodes keep their example values (meta["val"])."""
+    """All of the above, in place. Nodes keep their example values (meta["val"]).
+
+    Where an operator writes to its input, which only a user's own function has one do, products stay as they are: when one is
+    computed, and which memory is whose, then matters.
+    """
+    pure = not any(_writes(node) for node in traced.graph.nodes)
     for node in list(traced.graph.nodes):
         if node.target is aten.alias.default:
             _replace(node, _source(node))
@@ -31,10 +37,16 @@ def simplify(traced: GraphModule) -> None:
             _join_views(node)
         elif node.target is aten.permute.default:
             _join_transpositions(node)
-    for node in traced.graph.find_nodes(op="call_function", target=aten.view.default):
+            if pure:
+                _turn_product(node)
+    for node in traced.graph.find_nodes(op="call_function", target=aten.view.default) if pure else ():
         node.target = aten.reshape.default  # a turned product lies otherwise in memory, and what is computed from it
     traced.graph.eliminate_dead_code()
     traced.recompile()
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable  # pyright: ignore[reportPrivateUsage]
 
 
 def _source(node: Node) -> Node:
@@ -72,27 +84,35 @@ def _join_views(node: Node) -> None:
     _replace_if_same_size(node)
 
 
+def _order(node: Node) -> list[int]:
+    order = cast(list[int], node.args[1])
+    return [at % len(order) for at in order]
+
+
 def _join_transpositions(node: Node) -> None:
-    source, order = cast(tuple[Node, list[int]], node.args)
+    source = _source(node)
     if source.target is aten.permute.default:
-        before = cast(list[int], source.args[1])
-        joined = [before[at] for at in order]
-        if joined == sorted(joined):
-            _replace(node, _source(source))
-        else:
-            node.args = (source, joined)
-            _read_instead(node, _source(source))
-    elif source.target is aten.bmm.default and order == _SWAPPED and len(source.users) == 1:
-        left, right = cast(tuple[Node, Node], source.args)
+        node.args = (source, [_order(source)[at] for at in _order(node)])
+        _read_instead(node, _source(source))
+    if _order(node) == sorted(_order(node)):
+        _replace(node, _source(node))
+
+
+def _turn_product(node: Node) -> None:
+    if not node.users or _order(node) != _SWAPPED:
+        return
+    product = _source(node)
+    if product.target is aten.bmm.default and len(product.users) == 1:
+        left, right = cast(tuple[Node, Node], product.args)
         with node.graph.inserting_before(node):
-            product = node.graph.call_function(aten.bmm.default, (_swapped(right), _swapped(left)))
-        product.meta["val"] = node.meta["val"]
-        _replace(node, product)
+            turned = node.graph.call_function(aten.bmm.default, (_swapped(right), _swapped(left)))
+        turned.meta["val"] = node.meta["val"]
+        _replace(node, turned)
 
 
 def _swapped(node: Node) -> Node:
     """The tensor with its last two dimensions exchanged: where it is itself such a one, what that was made from."""
-    if node.target is aten.permute.default and node.args[1] == _SWAPPED:
+    if node.target is aten.permute.default and _order(node) == _SWAPPED:
         return _source(node)
     turned = node.graph.call_function(aten.permute.default, (node, _SWAPPED))
     turned.meta["val"] = node.meta["val"].permute(_SWAPPED)

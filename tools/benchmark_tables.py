@@ -75,7 +75,8 @@ def peers() -> Iterator[str]:
     yield table([*columns, "cannot"], rows)
     yield (
         f"x: times the time of {line['base']}. Detail: mean absolute Laplacian, 1 as in held-out pictures. Few rows blur, which "
-        "naturalness does not see."
+        "naturalness does not see. Published: activation and naturalness are of fewer pictures, those of the ablation before "
+        '(docs/decisions.md, "Default solver", has the last one).'
     )
 
 

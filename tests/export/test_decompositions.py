@@ -126,6 +126,7 @@ def test_what_has_no_gradient_here_says_so():
         ("a shifted sum", lambda x: sum(F.pad(x, [1, 1])[..., at : at + 5] * at for at in range(3)), (2, 3, 5)),
         ("jump relu", lambda x: torch.where(x > 0.3, x, torch.zeros_like(x)), (2, 9)),
         ("roll", lambda x: x.roll(2, -1) * x.roll(-1, 0), (3, 5)),
+        ("roll of all as one", lambda x: x.roll(4), (3, 5)),
         ("roll along two dimensions", lambda x: x.roll((1, 2), (0, 1)), (3, 5)),
         ("rms norm", lambda x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6), (2, 9)),
     ],
@@ -196,6 +197,24 @@ def test_no_sum_over_a_row_is_left_to_an_engine_in_the_gradient_of_a_softmax():
     found = operators_of(gradient, torch.zeros(2, 3, 5))
     assert [name for name in found if "_softmax" in name] == ["aten._softmax.default"]
     assert not [name for name in found if "sum.dim" in name]
+
+
+@pytest.mark.parametrize("function", [F.silu, F.gelu])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_half_precision_is_computed_in_float32(function, coarse):
+    """Rounded once, as stock does: within half of bfloat16's last place."""
+
+    def value_and_grad(x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = function(x)
+            return y.detach(), torch.autograd.grad(y, x, torch.ones_like(x))[0]
+
+    x = torch.linspace(-8, 8, 4001).bfloat16()
+    traced = make_fx(value_and_grad, decomposition_table=table(coarse=coarse))(x)
+    for found, exact in zip(traced(x), value_and_grad(x.double()), strict=True):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
 
 
 def test_a_coarse_graph_computes_nothing_twice_for_a_gradient():

@@ -52,7 +52,9 @@ def test_attention_of_another_kind_is_stock(more):
     with plain_functions():
         found = F.scaled_dot_product_attention(x, x, x, **more)
         half = F.scaled_dot_product_attention(*[x.half()] * 3)
+        broadcast = F.scaled_dot_product_attention(x, x[:1], x[:1])
     assert torch.equal(found, expected)
+    assert torch.equal(broadcast, F.scaled_dot_product_attention(x, x[:1], x[:1]))
     assert torch.equal(half, F.scaled_dot_product_attention(*[x.half()] * 3))
 
 

@@ -37,6 +37,8 @@ X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
         (lambda x: x.permute(0, 2, 1).permute(0, 2, 1) * 2, ["mul"]),
         (lambda x: x.permute(1, 2, 0).permute(1, 0, 2) * 2, ["permute", "mul"]),
         (lambda x: x.permute(1, 2, 0).permute(2, 0, 1) * 2, ["mul"]),
+        (lambda x: x.permute(1, -1, 0).permute(1, 2, 0) * 2, ["permute", "mul"]),
+        (lambda x: x.permute(0, -1, -2).permute(0, 2, 1) * 2, ["mul"]),
         (lambda x: (x.transpose(1, 2) @ x).transpose(1, 2) * 2, ["permute", "bmm", "mul"]),
         (lambda x: (x @ x.transpose(1, 2)).transpose(1, 2) * 2, ["permute", "bmm", "mul"]),
     ],
@@ -59,6 +61,21 @@ def test_a_product_that_others_read_too_is_not_computed_twice():
 
     before, after = before_and_after(function, X)
     assert before.count("bmm") == after.count("bmm") == 1
+
+
+@pytest.mark.parametrize("writes", ["to what a product was made of", "to a view"])
+def test_where_an_operator_writes_to_its_input_products_stay(writes):
+    def function(x):
+        first = x * 1
+        product = first @ first.transpose(1, 2)
+        if writes == "to a view":
+            turned = product.transpose(1, 2).mul(2).transpose(1, 2)
+            turned.view(2, 9).add_(1)
+            return turned
+        first.mul_(2)
+        return product.transpose(1, 2) * 2
+
+    before_and_after(function, X)
 
 
 def test_beside_a_symbolic_batch_an_expansion_is_kept_where_there_is_one():
