@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from tiltscope.kernels import reference
-from tiltscope.kernels.errors import ConfigError
+from tiltscope.kernels import native, philox, reference
 from tiltscope.kernels.implementation import (
     IMPLEMENTATIONS,
     NETWORK_DTYPES,
@@ -34,7 +33,7 @@ from tiltscope.kernels.implementation import (
     require_implementation,
     require_like,
 )
-from tiltscope.kernels.reference import GuidedStep, Resampled, StepInputs
+from tiltscope.kernels.reference import GuidedStep, Resampled, StepInputs, require_rows
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -49,12 +48,13 @@ __all__ = [
 
 _COLUMNS = 11
 _PICTURES = StepInputs._fields[:4]
+_INTEGER, _TRUTH = (torch.int64,), (torch.bool,)
 # Arguments of one number a slot, and their dtype; None: the state's.
-_PER_SLOT: dict[str, torch.dtype | None] = {
-    **dict.fromkeys(("plan", "row", "index", "particle"), torch.int64),
-    **dict.fromkeys(("ok", "guided"), torch.bool),
-    **dict.fromkeys(("drive", "strength"), None),
-}
+_PER_SLOT = (
+    *((name, _INTEGER) for name in ("plan", "row", "index", "particle")),
+    *((name, _TRUTH) for name in ("ok", "guided")),
+    *((name, None) for name in ("drive", "strength")),
+)
 MAX_PARTICLES = 4096  # of a group, with kernels 'triton': one program holds them all
 
 
@@ -71,8 +71,9 @@ def guided_step(
     """reference.guided_step by the implementation asked for. Shapes: StepInputs; x' and H' lie in memory as x does.
 
     x, history, table, drive, strength: one dtype, float32 or float64 (triton: float32). x0_hat, grad_a: that dtype, or both
-    bfloat16 or both float16. num_rows, plan, row, key, index, particle int64, ok and guided bool. Strides: x, x0_hat, grad_a and
-    history each C order or all channels last within a sample, any stride between samples (reference: any).
+    bfloat16 or both float16; grad_a None where no slot is guided, which spares reading it (triton reads zeros). num_rows, plan,
+    row, key, index, particle int64, ok and guided bool. Strides: x, x0_hat, grad_a and history each C order or all channels last
+    within a sample, any stride between samples (reference: any).
     ticket: int32 [batch] of zeros, zeros again afterwards, for launches that follow each other on one stream; without it triton
     fills one of its own, a second small launch. Raises ConfigError, RunnerError.
     """
@@ -85,6 +86,8 @@ def guided_step(
             require_like("ticket", ticket, x.shape[:1], [torch.int32], x.device)
         last = is_dense(x, channels_last=True) and not is_dense(x, channels_last=False)
         for name, each in zip(_PICTURES, inputs, strict=False):
+            if each is None:
+                continue
             order = "channels last, as x" if last else "C order (contiguous) or, all four tensors alike, channels last"
             got = f"strides {each.stride()}"
             require(is_dense(each, channels_last=last), name, got, f"a sample dense in {order}: call .contiguous()")
@@ -95,32 +98,27 @@ def guided_step(
 
 def _check_guided_step(inputs: StepInputs) -> None:
     x, table, dtype, device = inputs.x, inputs.table, inputs.x.dtype, inputs.x.device
-    require(dtype in STATE_DTYPES, "x", dtype, " or ".join(map(str, STATE_DTYPES)))
-    require(x.dim() >= 2 and x.numel() > 0, "x", f"shape {list(x.shape)}", "[batch, ...] with at least one element")
-    batch = x.shape[:1]
-    require_like("history", inputs.history, x.shape, [dtype], device)
-    require_like("x0_hat", inputs.x0_hat, x.shape, [dtype, *NETWORK_DTYPES], device)
-    require_like("grad_a", inputs.grad_a, x.shape, [inputs.x0_hat.dtype], device)
-    require(table.dim() == 3, "table", f"shape {list(table.shape)}", "[plan, row, 11]")
-    require_like("table", table, (*table.shape[:2], _COLUMNS), [dtype], device)
-    require(table.numel() > 0, "table", f"shape {list(table.shape)}", "at least one plan of at least one row")
-    require_like("num_rows", inputs.num_rows, table.shape[:1], [torch.int64], device)
-    require_like("key", inputs.key, (*batch, 2), [torch.int64], device)
-    for name, of in _PER_SLOT.items():
-        require_like(name, getattr(inputs, name), batch, [of or dtype], device)
-
-
-def _check_rows(table: Tensor, num_rows: Tensor, plan: Tensor, row: Tensor) -> None:
-    """On the CPU, where looking costs nothing."""
-    num_plans, longest = table.shape[:2]
-    lengths, plans, rows = num_rows.tolist(), plan.tolist(), row.tolist()
-    if not all(1 <= length <= longest for length in lengths):
-        raise ConfigError(f"num_rows: got {lengths}, allowed are 1 to {longest}, the rows of table")
-    if not all(0 <= each < num_plans for each in plans):
-        raise ConfigError(f"plan: got {plans}, allowed are 0 to {num_plans - 1}, the plans of table")
-    ends = [lengths[each] for each in plans]
-    if not all(0 <= each <= end for each, end in zip(rows, ends, strict=True)):
-        raise ConfigError(f"row: got {rows}, allowed are 0 to {ends}, which is a slot that has done its plan")
+    # Words are made where they are needed, and nothing is looked at twice: this stands before every step.
+    if dtype not in STATE_DTYPES:
+        require(False, "x", dtype, " or ".join(map(str, STATE_DTYPES)))
+    whole, length = x.shape, len(x)
+    if len(whole) < 2 or not x.numel():
+        require(False, "x", f"shape {list(whole)}", "[batch, ...] with at least one element")
+    require_like("history", inputs.history, whole, (dtype,), device)
+    require_like("x0_hat", inputs.x0_hat, whole, (dtype, *NETWORK_DTYPES), device)
+    if inputs.grad_a is not None:
+        require_like("grad_a", inputs.grad_a, whole, (inputs.x0_hat.dtype,), device)
+    plans = table.shape
+    if len(plans) != 3:
+        require(False, "table", f"shape {list(plans)}", "[plan, row, 11]")
+    if not table.numel():
+        require(False, "table", f"shape {list(plans)}", "at least one plan of at least one row")
+    require_like("table", table, (plans[0], plans[1], _COLUMNS), (dtype,), device)
+    require_like("num_rows", inputs.num_rows, (plans[0],), _INTEGER, device)
+    require_like("key", inputs.key, (length, 2), _INTEGER, device)
+    one, state = (length,), (dtype,)
+    for name, dtypes in _PER_SLOT:
+        require_like(name, getattr(inputs, name), one, dtypes or state, device)
 
 
 def _watched(x: Tensor) -> bool:
@@ -131,18 +129,18 @@ def _watched(x: Tensor) -> bool:
 def _run_guided_step(*given: Any) -> tuple[Tensor, ...]:
     """given: the fields of StepInputs, the ticket or None, the implementation."""
     inputs, ticket, implementation = StepInputs(*given[:-2]), given[-2], given[-1]
-    if inputs.x.device.type == "cpu":
-        _check_rows(inputs.table, inputs.num_rows, inputs.plan, inputs.row)
+    if implementation != "native" and inputs.x.device.type == "cpu":  # native looks itself
+        require_rows(inputs)
     if implementation == "triton":
         from tiltscope.kernels.guided_step import guided_step as kernel
 
         made = kernel(inputs, ticket)
     else:
-        if implementation == "native" and not inputs.grad_a.is_contiguous():
+        if implementation == "native" and inputs.grad_a is not None and not inputs.grad_a.is_contiguous():
             # torch adds up a gradient in the order in which it lies in memory, so another order is other bits.
             implementation = "reference"
         if implementation == "native":
-            from tiltscope.kernels.native import guided_step as run
+            run = native.guided_step
         else:
             run = compiled(reference.guided_step) if implementation == "compiled" else reference.guided_step
         made = run(inputs)
@@ -160,18 +158,12 @@ def _laid_out(made: Tensor, like: Tensor) -> Tensor:
 
 def normal_of(implementation: Implementation) -> Callable[..., Tensor]:
     """philox.normal, or one of the same arguments and bits that this implementation has of its own: native."""
-    if implementation == "native":
-        from tiltscope.kernels.native import normal
-    else:
-        from tiltscope.kernels.philox import normal
-    return normal
+    return native.normal if implementation == "native" else philox.normal
 
 
 # The op's arguments are flat, as torch.library wants them: the fields of one record, the results those of another.
-_SCHEMA = (
-    f"({', '.join(f'Tensor {name}' for name in StepInputs._fields)}, Tensor? ticket, str implementation)"
-    f" -> ({', '.join('Tensor' for _ in GuidedStep._fields)})"
-)
+_FIELDS = ", ".join(f"Tensor{'?' if name == 'grad_a' else ''} {name}" for name in StepInputs._fields)
+_SCHEMA = f"({_FIELDS}, Tensor? ticket, str implementation) -> ({', '.join('Tensor' for _ in GuidedStep._fields)})"
 _guided_step = torch.library.custom_op("tiltscope::guided_step", _run_guided_step, mutates_args=(), schema=_SCHEMA)
 
 

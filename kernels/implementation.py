@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from tiltscope.kernels import native
 from tiltscope.kernels.errors import ConfigError, RunnerError
 
 Implementation = Literal["reference", "native", "compiled", "triton"]
@@ -54,13 +55,11 @@ def require_implementation(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
         return
     if implementation == "native":
-        from tiltscope.kernels.native import require_native
-
         if device.type != "cpu":
             raise RunnerError(
                 f"kernels 'native' run on a CPU, the tensors are on {device}; use kernels 'reference' or 'triton'"
             )
-        return require_native()
+        return native.require_native()
     if implementation == "compiled":
         if device.type == "cpu":
             require_compiler()

@@ -26,12 +26,14 @@ void philox(uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, 
     }
     for (int round = 0; round < 10; ++round) {
         for (int i = 0; i < WIDE; ++i) {
-            const uint64_t p0 = uint64_t(words[0][i]) * 0xD2511F53u;
-            const uint64_t p1 = uint64_t(words[2][i]) * 0xCD9E8D57u;
-            words[0][i] = uint32_t(p1 >> 32) ^ words[1][i] ^ k0;
-            words[1][i] = uint32_t(p1);
-            words[2][i] = uint32_t(p0 >> 32) ^ words[3][i] ^ k1;
-            words[3][i] = uint32_t(p0);
+            // A product's halves by themselves: vectors of 32 bits are twice as many a register as those of 64.
+            const uint32_t w0 = words[0][i], w2 = words[2][i];
+            const uint32_t high0 = uint32_t((uint64_t(w0) * 0xD2511F53u) >> 32), low0 = w0 * 0xD2511F53u;
+            const uint32_t high2 = uint32_t((uint64_t(w2) * 0xCD9E8D57u) >> 32), low2 = w2 * 0xCD9E8D57u;
+            words[0][i] = high2 ^ words[1][i] ^ k0;
+            words[1][i] = low2;
+            words[2][i] = high0 ^ words[3][i] ^ k1;
+            words[3][i] = low0;
         }
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
@@ -62,8 +64,9 @@ void uniforms(int64_t batch, int64_t blocks, int64_t stream, const int64_t* key,
     }
 }
 
-// One sample's elements -> whether all of them are finite. z comes in `z_delta`, which leaves as z * delta.
-template <typename T, bool GUIDED>
+// One sample's elements -> whether all of them are finite. z comes in `z_delta`, which leaves as z * delta. Without GRADIENT
+// neither grad_a is read nor what is summed written, and z is left as it is.
+template <typename T, bool GUIDED, bool GRADIENT>
 bool update(int64_t n, const T* __restrict x, const T* __restrict x0_hat, const T* __restrict grad_a,
             const T* __restrict history, const T* __restrict row, T strength, T* __restrict x_out,
             T* __restrict history_out, T* __restrict grad_sq, T* __restrict delta_sq, T* __restrict z_delta) {
@@ -79,20 +82,34 @@ bool update(int64_t n, const T* __restrict x, const T* __restrict x0_hat, const 
         broken |= !(std::fabs(remembered) <= largest);
         x_out[i] = moved;
         history_out[i] = remembered;
-        grad_sq[i] = grad_a[i] * grad_a[i];
-        delta_sq[i] = delta * delta;
-        z_delta[i] = z * delta;
+        if (GRADIENT) {
+            grad_sq[i] = grad_a[i] * grad_a[i];
+            delta_sq[i] = delta * delta;
+            z_delta[i] = z * delta;
+        }
     }
     return !broken;
 }
 
+// Whether every slot's plan is one of the table's, and its row one of the plan's, or the one behind its last.
+bool there(int64_t batch, int64_t num_plans, int64_t longest, const int64_t* num_rows, const int64_t* plan, const int64_t* row) {
+    for (int64_t at = 0; at < num_plans; ++at) {
+        if (num_rows[at] < 1 || num_rows[at] > longest) return false;
+    }
+    for (int64_t slot = 0; slot < batch; ++slot) {
+        if (plan[slot] < 0 || plan[slot] >= num_plans || row[slot] < 0 || row[slot] > num_rows[plan[slot]]) return false;
+    }
+    return true;
+}
+
 // radius = sqrt(-2 log u); cosine, sine of angle: [batch, blocks, 2]. The rest as in reference.guided_step; pictures [batch, n] in
-// C order.
+// C order, grad_a null where no slot is guided. False, and nothing is written, where a plan or a row is not `there`.
 template <typename T>
-void step(int64_t batch, int64_t n, int64_t longest, const T* radius, const T* cosine, const T* sine, const T* x,
+bool step(int64_t batch, int64_t n, int64_t num_plans, int64_t longest, const T* radius, const T* cosine, const T* sine, const T* x,
           const T* x0_hat, const T* grad_a, const T* history, const T* table, const int64_t* num_rows, const int64_t* plan,
           const int64_t* row, const bool* ok, const T* drive, const T* strength, const bool* guided, T* x_out,
           T* history_out, int64_t* row_out, bool* ok_out, T* grad_sq, T* delta_sq, T* z_delta) {
+    if (!there(batch, num_plans, longest, num_rows, plan, row)) return false;
     const int64_t blocks = (n + 3) / 4;
     for (int64_t slot = 0; slot < batch; ++slot) {
         const int64_t at = slot * n, draws = slot * blocks * 2, pairs = n / 2;
@@ -106,10 +123,10 @@ void step(int64_t batch, int64_t n, int64_t longest, const T* radius, const T* c
         const bool active = row[slot] < num_rows[plan[slot]];
         const int64_t near = row[slot] < longest - 1 ? row[slot] : longest - 1;
         const T* here = table + (plan[slot] * longest + near) * COLUMNS;
-        const bool pushed = guided[slot] && active;
-        const auto run = pushed ? update<T, true> : update<T, false>;
-        const bool finite = run(n, x + at, x0_hat + at, grad_a + at, history + at, here, strength[slot], x_out + at,
-                                history_out + at, grad_sq + at, delta_sq + at, z);
+        const bool pushed = grad_a && guided[slot] && active;
+        const auto run = pushed ? update<T, true, true> : grad_a ? update<T, false, true> : update<T, false, false>;
+        const bool finite = run(n, x + at, x0_hat + at, grad_a ? grad_a + at : nullptr, history + at, here, strength[slot],
+                                x_out + at, history_out + at, grad_sq + at, delta_sq + at, z);
         const bool sound = finite && (std::fabs(drive[slot]) <= std::numeric_limits<T>::max() || !pushed);
         const bool moves = active && ok[slot] && sound;
         if (!moves) {
@@ -119,6 +136,7 @@ void step(int64_t batch, int64_t n, int64_t longest, const T* radius, const T* c
         row_out[slot] = row[slot] + moves;
         ok_out[slot] = ok[slot] && (sound || !active);
     }
+    return true;
 }
 
 }  // namespace
@@ -128,13 +146,14 @@ void step(int64_t batch, int64_t n, int64_t longest, const T* radius, const T* c
                                       const int64_t* index, const int64_t* row, const int64_t* particle, T* u, T* angle) { \
         uniforms<T>(batch, blocks, stream, key, index, row, particle, u, angle);                                         \
     }                                                                                                                    \
-    extern "C" void step_##suffix(                                                                                       \
-        int64_t batch, int64_t n, int64_t longest, const T* radius, const T* cosine, const T* sine, const T* x,           \
-        const T* x0_hat, const T* grad_a, const T* history, const T* table, const int64_t* num_rows,                     \
+    extern "C" bool step_##suffix(                                                                                       \
+        int64_t batch, int64_t n, int64_t num_plans, int64_t longest, const T* radius, const T* cosine, const T* sine,   \
+        const T* x, const T* x0_hat, const T* grad_a, const T* history, const T* table, const int64_t* num_rows,         \
         const int64_t* plan, const int64_t* row, const bool* ok, const T* drive, const T* strength, const bool* guided,  \
         T* x_out, T* history_out, int64_t* row_out, bool* ok_out, T* grad_sq, T* delta_sq, T* z_delta) {                 \
-        step<T>(batch, n, longest, radius, cosine, sine, x, x0_hat, grad_a, history, table, num_rows, plan, row, ok,      \
-                drive, strength, guided, x_out, history_out, row_out, ok_out, grad_sq, delta_sq, z_delta);               \
+        return step<T>(batch, n, num_plans, longest, radius, cosine, sine, x, x0_hat, grad_a, history, table, num_rows,  \
+                       plan, row, ok, drive, strength, guided, x_out, history_out, row_out, ok_out, grad_sq, delta_sq,   \
+                       z_delta);                                                                                         \
     }
 
 FOR_TYPE(float, f32)

@@ -18,6 +18,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from tiltscope.kernels import reference
 from tiltscope.kernels.errors import RunnerError
-from tiltscope.kernels.reference import GuidedStep, StepInputs
+from tiltscope.kernels.reference import GuidedStep, StepInputs, require_rows
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -37,13 +38,14 @@ _VECTORS = {"AVX2": ("-mavx2",), "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512
 _NAMES = {torch.float32: "f32", torch.float64: "f64"}
 _SECONDS = 120  # for the compiler: some hundred times what it needs
 _STREAM_STEP = 1
+_MINUS_TWO = {dtype: torch.tensor(-2, dtype=dtype) for dtype in _NAMES}  # a number would be made a tensor in every call
 
 
 class _Passes(NamedTuple):
     """The two passes for one type."""
 
     uniforms: Callable[..., None]
-    step: Callable[..., None]
+    step: Callable[..., bool]
 
 
 class _Room(NamedTuple):
@@ -54,8 +56,8 @@ class _Room(NamedTuple):
     cosine: Tensor
     sine: Tensor
     statistics: tuple[Tensor, ...]
-    drawn: list[int]
-    summed: list[int]
+    drawn: list[int | None]
+    summed: list[int | None]
 
 
 # A thread keeps the last one it used: fresh memory of this size is the system's, which clears it page by page.
@@ -65,24 +67,32 @@ _kept = threading.local()
 def guided_step(inputs: StepInputs) -> GuidedStep:
     """reference.guided_step of checked arguments on the CPU (dispatch.py); grad_a in C order, and so x' and H'.
 
-    Raises RunnerError where the library cannot be made.
+    Raises RunnerError where the library cannot be made, ConfigError for a plan or a row that is not there.
     """
     x, x0_hat, grad_a, history, table, num_rows, plan, row, ok, drive, strength, guided, key, index, particle = inputs
-    pictures = [each.to(x.dtype).contiguous() for each in (x, x0_hat, grad_a, history)]
+    # Conversions cost a microsecond each where there is nothing to convert.
+    x0_hat, grad_a = (each if each is None or each.dtype == x.dtype else each.to(x.dtype) for each in (x0_hat, grad_a))
+    pictures = [None if each is None else each.contiguous() for each in (x, x0_hat, grad_a, history)]
     slots = [each.contiguous() for each in (table, num_rows, plan, row, ok, drive, strength, guided)]
     room = _draws(key, index, row, particle, _STREAM_STEP, tuple(x.shape), x.dtype)
-    x_out, history_out = torch.empty_like(pictures[0]), torch.empty_like(pictures[0])
+    x_out, history_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     row_out, ok_out = torch.empty_like(slots[3]), torch.empty_like(slots[4])
-    library()[x.dtype].step(
+    known = library()[x.dtype].step(
         len(x),
-        pictures[0][0].numel(),
-        table.shape[1],
+        x.numel() // len(x),
+        *table.shape[:2],
         *room.drawn,
         *_pointers(*pictures, *slots, x_out, history_out, row_out, ok_out),
         *room.summed,
     )
-    over = tuple(range(1, x.dim()))
-    return GuidedStep(x_out, history_out, row_out, ok_out, *(each.sum(over) for each in room.statistics))
+    if not known:
+        require_rows(inputs)
+    if grad_a is None:
+        statistics = [torch.zeros_like(drive) for _ in range(3)]
+    else:
+        over = tuple(range(1, x.dim()))
+        statistics = [each.sum(over) for each in room.statistics]
+    return GuidedStep(x_out, history_out, row_out, ok_out, *statistics)
 
 
 def normal(
@@ -111,7 +121,7 @@ def _draws(
     words = [each.contiguous() for each in (key, index, row, particle)]
     u, _, angle = room.drawn
     library()[dtype].uniforms(shape[0], room.radius.shape[1], stream, *_pointers(*words), u, angle)
-    room.radius.log_().mul_(-2).sqrt_()
+    room.radius.log_().mul_(_MINUS_TWO[dtype]).sqrt_()
     torch.cos(room.sine, out=room.cosine)
     room.sine.sin_()
     return room
@@ -126,8 +136,8 @@ def _make_room(shape: tuple[int, ...], dtype: torch.dtype) -> _Room:
     return _Room((shape, dtype), radius, cosine, sine, statistics, _pointers(*drawn), _pointers(*statistics))
 
 
-def _pointers(*tensors: Tensor) -> list[int]:
-    return [each.data_ptr() for each in tensors]
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if each is None else each.data_ptr() for each in tensors]
 
 
 @cache
@@ -137,9 +147,8 @@ def library() -> dict[torch.dtype, _Passes]:
     passes: dict[torch.dtype, _Passes] = {}
     for dtype, name in _NAMES.items():
         uniforms, step = (loaded[f"{each}_{name}"] for each in ("uniforms", "step"))
-        uniforms.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 6
-        step.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 22
-        uniforms.restype = step.restype = None
+        uniforms.argtypes, uniforms.restype = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 6, None
+        step.argtypes, step.restype = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 22, ctypes.c_bool
         passes[dtype] = _Passes(uniforms, step)
     return passes
 
@@ -148,8 +157,8 @@ def library() -> dict[torch.dtype, _Passes]:
 def require_native() -> None:
     """Raises RunnerError where the library cannot be made here, or is not the definition bit for bit."""
     library()
-    for dtype in _NAMES:
-        case = _trial(dtype)
+    for dtype, unguided in product(_NAMES, (False, True)):
+        case = _trial(dtype)._replace(grad_a=None) if unguided else _trial(dtype)
         for name, mine, exact in zip(GuidedStep._fields, guided_step(case), reference.guided_step(case), strict=True):
             if not torch.equal(mine, exact):
                 raise RunnerError(

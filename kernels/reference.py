@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tiltscope.kernels.errors import ConfigError
 from tiltscope.kernels.philox import normal
 
 # Columns of a plan's row, in the order in which engine/sampler/plan.py writes them.
@@ -17,12 +18,12 @@ class StepInputs(NamedTuple):
     """What a guided step reads: the pictures of every slot, every plan, and each slot's own scalars.
 
     table: every plan, cast once to the state's dtype, short ones padded with any row. drive: what guidance differentiated; NaN
-    where no trunk ran.
+    where no trunk ran. grad_a: None where no slot is guided, whatever `guided` says.
     """
 
     x: Float[Tensor, "batch ..."]
     x0_hat: Float[Tensor, "batch ..."]
-    grad_a: Float[Tensor, "batch ..."]
+    grad_a: Float[Tensor, "batch ..."] | None
     history: Float[Tensor, "batch ..."]
     table: Float[Tensor, "plan row 11"]
     num_rows: Int[Tensor, "plan"]
@@ -35,6 +36,19 @@ class StepInputs(NamedTuple):
     key: Int[Tensor, "batch 2"]
     index: Int[Tensor, "batch"]  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody looks a tensor up in it
     particle: Int[Tensor, "batch"]
+
+
+def require_rows(inputs: StepInputs) -> None:
+    """Raises ConfigError unless every slot's plan and row are there. For the CPU, where looking costs nothing."""
+    num_plans, longest = inputs.table.shape[:2]
+    lengths, plans, rows = inputs.num_rows.tolist(), inputs.plan.tolist(), inputs.row.tolist()
+    if not all(1 <= length <= longest for length in lengths):
+        raise ConfigError(f"num_rows: got {lengths}, allowed are 1 to {longest}, the rows of table")
+    if not all(0 <= each < num_plans for each in plans):
+        raise ConfigError(f"plan: got {plans}, allowed are 0 to {num_plans - 1}, the plans of table")
+    ends = [lengths[each] for each in plans]
+    if not all(0 <= each <= end for each, end in zip(rows, ends, strict=True)):
+        raise ConfigError(f"row: got {rows}, allowed are 0 to {ends}, which is a slot that has done its plan")
 
 
 class GuidedUpdate(NamedTuple):
@@ -63,7 +77,7 @@ class GuidedStep(NamedTuple):
 def guided_update(
     x: Float[Tensor, "batch ..."],
     x0_hat: Float[Tensor, "batch ..."],
-    grad_a: Float[Tensor, "batch ..."],
+    grad_a: Float[Tensor, "batch ..."] | None,
     history: Float[Tensor, "batch ..."],
     coefficients: Float[Tensor, "batch 11"],
     strength: Float[Tensor, "batch"],
@@ -79,9 +93,10 @@ def guided_update(
 
     `coefficients` holds each slot's own row, cast once to the state's dtype; `strength` is w. Where `guided` is False delta
     is exactly 0, whatever grad_a holds: selected, never multiplied, so an unguided slot cannot inherit a NaN.
+    Without grad_a no slot is guided, and the statistics are 0.
     In the mixed form D and grad_a are of a lower precision (bfloat16, float16) than x: they are widened first.
     """
-    x0_hat, grad_a = x0_hat.to(x.dtype), grad_a.to(x.dtype)
+    x0_hat = x0_hat.to(x.dtype)
     shape = tuple(x.shape[1:])
 
     def per_slot(v: Tensor) -> Tensor:
@@ -91,20 +106,18 @@ def guided_update(
         return per_slot(coefficients[:, at])
 
     z = normal(key, index, row, particle, stream=_STREAM_STEP, shape=shape, dtype=x.dtype)
-    push = torch.where(per_slot(guided), per_slot(strength) * grad_a, torch.zeros((), dtype=x.dtype, device=x.device))
+    push = nothing = torch.zeros((), dtype=x.dtype, device=x.device)
+    if grad_a is not None:
+        grad_a = grad_a.to(x.dtype)
+        push = torch.where(per_slot(guided), per_slot(strength) * grad_a, nothing)
     delta = column(E) * push
     moved = column(A) * x + column(B) * x0_hat + delta + column(C) * z + column(D) * history
     remembered = column(P) * x + column(Q) * x0_hat + column(F) * push + column(R) * history
     finite = torch.isfinite(moved).flatten(1).all(dim=1) & torch.isfinite(remembered).flatten(1).all(dim=1)
     over = tuple(range(1, x.dim()))
-    return GuidedUpdate(
-        x=moved,
-        history=remembered,
-        grad_norm_sq=(grad_a * grad_a).sum(over),
-        delta_norm_sq=(delta * delta).sum(over),
-        z_dot_delta=(z * delta).sum(over),
-        finite=finite,
-    )
+    summed = ((grad_a, grad_a), (delta, delta), (z, delta)) if grad_a is not None else ()
+    statistics = [(each * other).sum(over) for each, other in summed] or [x.new_zeros(len(x)) for _ in range(3)]
+    return GuidedUpdate(moved, remembered, *statistics, finite=finite)
 
 
 def guided_step(inputs: StepInputs) -> GuidedStep:
@@ -118,12 +131,12 @@ def guided_step(inputs: StepInputs) -> GuidedStep:
 
     A slot that has done its plan (row = num_rows) or failed (not ok) keeps its state bit for bit, and so does one that fails
     now: x stays at its last good value. Reads x, D, grad_a, H once and writes x', H' once: 24 bytes an element in float32, 20
-    with D and grad_a in 16 bits; bound by memory bandwidth.
+    with D and grad_a in 16 bits; bound by memory bandwidth. Without grad_a no slot is guided: a row of the denoiser alone.
     """
     x, x0_hat, grad_a, history, table, num_rows, plan, row, ok, drive, strength, guided, key, index, particle = inputs
     active = row < num_rows[plan]
     here = table[plan, row.clamp(max=table.shape[1] - 1)]
-    guided = guided & active
+    guided = guided & active if grad_a is not None else torch.zeros_like(ok)
     moved = guided_update(x, x0_hat, grad_a, history, here, strength, guided, key, index, row, particle)
     sound = moved.finite & (torch.isfinite(drive) | ~guided)
     moves = active & ok & sound

@@ -39,7 +39,7 @@ class GuidedCase(StepInputs):
         return self._replace(**{name: change(getattr(self, name)) for name in ("x", "x0_hat", "grad_a", "history")})
 
     def _map(self, change: object) -> "GuidedCase":
-        return GuidedCase(*(change(each) for each in self))
+        return GuidedCase(*(None if each is None else change(each) for each in self))
 
 
 def guided_case(batch: int, shape: tuple[int, ...], *, seed: int = 0) -> GuidedCase:
@@ -116,13 +116,14 @@ def errors_of(got: GuidedStep, case: GuidedCase) -> dict[str, float]:
     rows = wide.table[wide.plan, wide.row.clamp(max=wide.table.shape[1] - 1)]
     over = tuple(range(1, case.x.dim()))
     push = (wide.strength * rows[:, reference.E]).abs()
-    size = wide.grad_a.square().sum(over)
+    gradient = torch.zeros_like(wide.x) if wide.grad_a is None else wide.grad_a
+    size = gradient.square().sum(over) + 1e-30
     scales = {
         "x": scale,
         "history": scale,
         "grad_norm_sq": size,
         "delta_norm_sq": push**2 * size + 1e-30,
-        "z_dot_delta": push * wide.grad_a.abs().sum(over) * 3 + 1e-30,
+        "z_dot_delta": push * gradient.abs().sum(over) * 3 + 1e-30,
     }
     return {
         name: float(((getattr(got, name).double() - getattr(exact, name)) / of).abs().max())

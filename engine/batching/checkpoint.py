@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -109,6 +108,6 @@ def _slots(run: Run, tensors: Mapping[str, Tensor], prefix: str, row: int) -> Sl
     values = {name: tensors[f"{prefix}.{name}"] for name in SLOT_TENSORS}
     num = len(values["row"])
     readout = run.feature.readout
-    tilted = (values["lam"] != 0).numpy()
-    host = HostRows(plan=np.zeros(num, np.int64), row=np.full(num, row, np.int64), tilted=tilted)
+    tilted = tuple((values["lam"] != 0).tolist())
+    host = HostRows(plan=(0,) * num, row=(row,) * num, tilted=tilted)
     return SlotState(**values, readout=None if readout is None else readout.expand(num), host=host)

@@ -9,7 +9,6 @@ changes. Finished pictures are measured together, too: a call costs as much for 
 from collections import deque
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from tiltscope.engine.batching.request import Request, Sample
@@ -198,7 +197,7 @@ class Lane:
 def _placed(state: SlotState, *, plan: int, log_tilt: int) -> SlotState:
     """The slots with their place in a programme."""
     num = len(state.row)
-    host = HostRows(plan=np.full(num, plan, np.int64), row=state.host.row, tilted=state.host.tilted)
+    host = HostRows(plan=(plan,) * num, row=state.host.row, tilted=state.host.tilted)
     return replace(
         state,
         plan=torch.full_like(state.plan, plan),

@@ -52,7 +52,7 @@ class Sample:
         self.seen: Tensor | None = None
         self.measured: tuple[Tensor, Tensor] | None = None
         """(activation, drive) of its particles, once it is drawn and measured"""
-        self._guided = bool(state.host.tilted[0]) or request.run.programme.lift.moves_x0
+        self._guided = state.host.tilted[0] or request.run.programme.lift.moves_x0
 
     @property
     def plan(self) -> Plan:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import chain
 
-import numpy as np
 import torch
 
 from tiltscope.engine.feature.readout import Readout
@@ -29,7 +29,9 @@ def stack(states: Sequence[SlotState]) -> SlotState:
     return SlotState(
         **{name: torch.cat([getattr(state, name) for state in states]) for name in SLOT_TENSORS},
         readout=Readout.stack(readouts) if readouts else None,
-        host=HostRows(**{name: np.concatenate([getattr(state.host, name) for state in states]) for name in _HOST}),
+        host=HostRows(
+            **{name: tuple(chain.from_iterable(getattr(state.host, name) for state in states)) for name in _HOST}
+        ),
     )
 
 

@@ -115,7 +115,7 @@ class Prior:
         # Copies: a denoiser that writes into its argument at some noise levels only must not reach the sampler's state.
         x0_hat = self._denoise(x.clone(), sigma.clone())
         _check_answer(x0_hat, x, self.name)
-        return x0_hat.to(x.dtype)
+        return x0_hat if x0_hat.dtype == x.dtype else x0_hat.to(x.dtype)
 
     def to_images(self, x0: Float[Tensor, "batch *shape"]) -> UInt8[Tensor, "batch 3 height width"] | None:
         """`to_pixels` of the decoded x0; None where the prior is not of pictures."""

@@ -181,6 +181,6 @@ def guided_as_in_a_tick(step: Step, x: Tensor, sigma: Tensor, alpha: Tensor, rea
         return step.guided(x, sigma, alpha, readout)
 
 
-def heard(step: Step, otherwise: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+def heard(step: Step, otherwise: Float[Tensor, "batch ..."] | None) -> Float[Tensor, "batch ..."] | None:
     """What a listening step's network said last; `otherwise` where nobody listens."""
     return step.said[-1] if isinstance(step, ListeningStep) else otherwise

@@ -33,8 +33,7 @@ def num_threads() -> int:
 @contextmanager
 def one_thread(*, when: bool = True) -> Generator[None]:
     """torch's operations on this thread alone, for its caller; other threads and libraries keep theirs. Not `when`: nothing."""
-    openmp, before = _openmp(), torch.get_num_threads()
-    if not when or openmp is None or before == 1:
+    if not when or (openmp := _openmp()) is None or (before := torch.get_num_threads()) == 1:
         yield
         return
     openmp.omp_set_num_threads(1)

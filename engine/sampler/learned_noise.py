@@ -32,7 +32,7 @@ def learned_log_variance(
 
 
 def add_learned_noise(
-    before: SlotState, moved: GuidedStep, v: Float[Tensor, "batch ..."], programme: Programme
+    before: SlotState, moved: GuidedStep, v: Float[Tensor, "batch ..."] | None, programme: Programme
 ) -> GuidedStep:
     """x' + exp(log variance / 2) z for the slots that moved on a row of learned noise; every other slot as it is.
 
@@ -41,6 +41,7 @@ def add_learned_noise(
     """
     if programme.log_variance is None:
         return moved
+    assert v is not None  # a tick listens where a plan asks
     bounds = programme.log_variance[before.plan, before.row.clamp(max=programme.log_variance.shape[1] - 1)]
     noisy = (moved.row > before.row) & torch.isfinite(bounds).all(1)
     shape = tuple(before.x.shape[1:])

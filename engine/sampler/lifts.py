@@ -19,7 +19,7 @@ al. 2025. Proof: tests/sampler/test_lifts.py.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -47,8 +47,7 @@ class Push(NamedTuple):
     log_twist: Float[Tensor, "batch"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slots:
+class Slots(NamedTuple):
     """The part of a batch of slots that a lift may look at, and its energy lam phi(drive) as functions."""
 
     x: Float[Tensor, "batch ..."]
@@ -59,14 +58,14 @@ class Slots:
     log_tilt: Int[Tensor, "batch"]
     log_tilts: tuple[LogTilt, ...]
     key: Int[Tensor, "batch 2"]
-    index: Int[Tensor, "batch"]
+    index: Int[Tensor, "batch"]  # pyright: ignore[reportIncompatibleMethodOverride]  # nobody looks a tensor up in it
     row: Int[Tensor, "batch"]
     particle: Int[Tensor, "batch"]
 
     def of(self, part: slice) -> "Slots":
         """Some of them."""
-        tensors = {name: each[part] for name, each in vars(self).items() if isinstance(each, Tensor)}
-        return replace(self, **tensors, readout=None if self.readout is None else self.readout[part])
+        tensors = {name: each[part] for name, each in self._asdict().items() if isinstance(each, Tensor)}
+        return self._replace(**tensors, readout=None if self.readout is None else self.readout[part])
 
     def phi(self, drive: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
         """phi(drive), each slot by its own log-tilt."""

@@ -157,4 +157,4 @@ def _resampled(state: SlotState, sight: Sight, programme: Programme) -> tuple[Sl
         log_weight=torch.where(due, 0.0, state.log_weight),
         log_z=torch.where(due, state.log_z + banked, state.log_z),
     )
-    return after, Sight(*(each[ancestor] for each in sight))
+    return after, sight.of(ancestor)

@@ -5,13 +5,14 @@ group of slots that stand together. The host mirrors the row counters, which are
 needs without asking the device.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,11 +34,14 @@ _UNGUIDED, _GUIDED = int(GraphKind.UNGUIDED), int(GraphKind.GUIDED)
 
 @dataclass(frozen=True)
 class HostRows:
-    """The host's mirror of the slots: plan and row of each, and whether it is tilted at all (lam != 0)."""
+    """The host's mirror of the slots: plan and row of each, and whether it is tilted at all (lam != 0).
 
-    plan: NDArray[np.int64]
-    row: NDArray[np.int64]
-    tilted: NDArray[np.bool_]
+    Tuples: of as few slots as a batch has, Python is done before numpy has begun.
+    """
+
+    plan: tuple[int, ...]
+    row: tuple[int, ...]
+    tilted: tuple[bool, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,18 +112,33 @@ class Observation(NamedTuple):
 class Sight(NamedTuple):
     """What the networks and the lift (lifts.py) say of each slot before it moves: by e * strength * grad, where it is guided.
 
-    activation, drive and log_twist are NaN where no trunk ran. v: what the network says of the noise (learned_noise.py), or
-    [batch, 0] where no plan asks.
+    activation, drive and log_twist are NaN where no trunk ran. grad: None, and strength NaN, where no slot is guided. v: what the
+    network says of the noise (learned_noise.py), None where no plan asks.
     """
 
     x0_hat: Float[Tensor, "batch ..."]
     activation: Float[Tensor, "batch"]
     drive: Float[Tensor, "batch"]
-    grad: Float[Tensor, "batch ..."]
+    grad: Float[Tensor, "batch ..."] | None
     strength: Float[Tensor, "batch"]
     log_twist: Float[Tensor, "batch"]
     guided: Bool[Tensor, "batch"]
-    v: Float[Tensor, "batch ..."]
+    v: Float[Tensor, "batch ..."] | None
+
+    def of(self, slots: Int[Tensor, "some"]) -> "Sight":
+        """Some of the slots, in that order."""
+        chosen: list[Any] = [None if each is None else each[slots] for each in self]
+        return Sight(*chosen)
+
+    @staticmethod
+    def joined(parts: Sequence["Sight"]) -> "Sight":
+        """The slots of all, in order; where one part has a gradient, those without have one of zeros."""
+        if any(part.grad is not None for part in parts):
+            parts = [
+                part if part.grad is not None else part._replace(grad=torch.zeros_like(part.x0_hat)) for part in parts
+            ]
+        whole: list[Any] = [None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)]
+        return Sight(*whole)
 
 
 @dataclass(frozen=True)
@@ -145,11 +164,11 @@ class Programme:
 
     @cached_property
     def table(self) -> Float[Tensor, "plan row 11"]:
-        """All plans in float64, short ones padded with rows that are never reached."""
+        """All plans in float64, short ones padded with their last row."""
         longest = max(plan.num_rows for plan in self.plans)
         table = np.zeros((len(self.plans), longest, len(COLUMNS)))
         for at, plan in enumerate(self.plans):
-            table[at, : plan.num_rows] = plan.table
+            table[at, : plan.num_rows], table[at, plan.num_rows :] = plan.table, plan.table[-1]
         return torch.from_numpy(table).to(self.device)
 
     @cached_property
@@ -174,40 +193,41 @@ class Programme:
         return torch.tensor([plan.num_rows for plan in self.plans], device=self.device)
 
     @cached_property
-    def kind_table(self) -> NDArray[np.int8]:
-        """int8 [plan, row + 1]: the graph of every plan's every row, then -1."""
+    def levels(self) -> tuple[Float64[Tensor, "plan row"], Float64[Tensor, "plan row"]]:
+        """sigma and alpha of every plan's every row; a slot that has done its plan stays at the last."""
+        rows = torch.cat([self.table, self.table[:, -1:]], 1)
+        return rows[..., _SIGMA].contiguous(), rows[..., _ALPHA].contiguous()
+
+    @cached_property
+    def kinds_of_rows(self) -> tuple[tuple[int, ...], ...]:
+        """The graph of every plan's every row, then -1."""
         longest = max(plan.num_rows for plan in self.plans)
-        kinds = np.full((len(self.plans), longest + 1), -1, np.int8)
-        for at, plan in enumerate(self.plans):
-            kinds[at, : plan.num_rows] = plan.kind
-        return kinds
+        return tuple((*plan.kind.tolist(), *(-1,) * (longest + 1 - plan.num_rows)) for plan in self.plans)
 
     @cached_property
     def guided_rows(self) -> Bool[Tensor, "plan row"]:
-        """`kind_table` on the device: where a row is guided, for slots that are tilted."""
-        return torch.from_numpy(self.kind_table == GraphKind.GUIDED).to(self.device)
+        """`kinds_of_rows` on the device: where a row is guided, for slots that are tilted."""
+        return (torch.tensor(self.kinds_of_rows) == _GUIDED).to(self.device)
 
-    def kinds(self, host: HostRows) -> NDArray[np.int8]:
+    def kinds(self, host: HostRows) -> list[int]:
         """The graph each slot's next row needs; -1 for a slot that has done its plan. An untilted slot is unguided."""
-        kinds = self.kind_table[host.plan, host.row]
+        kinds = [self.kinds_of_rows[plan][row] for plan, row in zip(host.plan, host.row, strict=True)]
         if self.lift.moves_x0:
             return kinds
-        return np.where((kinds >= 0) & ~host.tilted, np.int8(_UNGUIDED), kinds)
+        return [kind if tilted else min(kind, _UNGUIDED) for kind, tilted in zip(kinds, host.tilted, strict=True)]
 
     def ahead(self, host: HostRows) -> tuple[tuple[Need, ...], HostRows]:
         """What the next tick runs, one a network call, and the host's mirror after it."""
         kinds, tilted = self.kinds(host), host.tilted
         size = self.bucket or len(kinds)
         needs = tuple(self._need(kinds[at : at + size], tilted[at : at + size]) for at in range(0, len(kinds), size))
-        return needs, HostRows(plan=host.plan, row=host.row + (kinds >= 0), tilted=tilted)
+        row = tuple(row + (kind >= 0) for row, kind in zip(host.row, kinds, strict=True))
+        return needs, HostRows(plan=host.plan, row=row, tilted=tilted)
 
-    def _need(self, kinds: NDArray[np.int8], tilted: NDArray[np.bool_]) -> Need:
-        there = kinds.tolist()  # of few slots: sooner than numpy
-        return Need(
-            unguided=_UNGUIDED in there,
-            guided=_GUIDED in there,
-            reads=self.particles > 1 and bool(((kinds == _UNGUIDED) & tilted).any()),
-        )
+    def _need(self, kinds: Sequence[int], tilted: Sequence[bool]) -> Need:
+        unguided = _UNGUIDED in kinds
+        reads = self.particles > 1 and any(at == _UNGUIDED and on for at, on in zip(kinds, tilted, strict=True))
+        return Need(unguided=unguided, guided=_GUIDED in kinds, reads=reads)
 
 
 def rows_of(state: SlotState, programme: Programme) -> Float[Tensor, "batch 11"]:
@@ -218,17 +238,23 @@ def rows_of(state: SlotState, programme: Programme) -> Float[Tensor, "batch 11"]
 
 def guided_of(state: SlotState, programme: Programme) -> Bool[Tensor, "batch"]:
     """Whether each slot's next row is guided, from the tables: no host value enters a tick."""
-    guided = programme.guided_rows[state.plan, state.row]
+    guided = programme.guided_rows.take(_place(state, programme.guided_rows))
     return guided if programme.lift.moves_x0 else guided & (state.lam != 0)
+
+
+def _place(state: SlotState, table: Shaped[Tensor, "plan row"]) -> Int[Tensor, "batch"]:
+    """Where each slot's next row stands in a table of one number a row: indexing by two tensors takes four times as long."""
+    return torch.add(state.row, state.plan, alpha=table.shape[1])
 
 
 def slots_of(state: SlotState, programme: Programme, part: slice = EVERY) -> Slots:
     """Some of the slots as a lift sees them."""
-    row = rows_of(state, programme)
+    sigma, alpha = programme.levels
+    place = _place(state, sigma)
     slots = Slots(
         x=state.x,
-        sigma=row[:, _SIGMA],
-        alpha=row[:, _ALPHA],
+        sigma=sigma.take(place),
+        alpha=alpha.take(place),
         readout=state.readout,
         lam=state.lam,
         log_tilt=state.log_tilt,
@@ -296,9 +322,9 @@ def admit(
         lineage=particle,
         ok=torch.ones(bucket, dtype=torch.bool, device=programme.device),
         host=HostRows(
-            plan=np.zeros(bucket, np.int64),
-            row=np.zeros(bucket, np.int64),
+            plan=(0,) * bucket,
+            row=(0,) * bucket,
             # Of what the device holds: a lambda that rounds to 0 there is 0 here.
-            tilted=(strength != 0).cpu().numpy(),
+            tilted=tuple((strength != 0).tolist()),
         ),
     )

@@ -13,11 +13,10 @@ from torch import Tensor
 from tiltscope.engine.runtime.step import ListeningStep, TorchStep, heard
 from tiltscope.engine.runtime.threads import one_thread
 from tiltscope.engine.sampler.learned_noise import add_learned_noise
-from tiltscope.engine.sampler.lifts import Dps
+from tiltscope.engine.sampler.lifts import Dps, Slots
 from tiltscope.engine.sampler.particles import reweigh_after_move, weigh
 from tiltscope.engine.sampler.row import COLUMNS
 from tiltscope.engine.sampler.state import (
-    EVERY,
     Need,
     Observation,
     Programme,
@@ -57,40 +56,49 @@ def look(state: SlotState, programme: Programme, needs: Sequence[Need]) -> Sight
     the other (`one_graph_serves_both`): a slot's numbers come from its own inputs in one fixed batch shape, whatever its batch
     mates are. With particles an unguided row of a tilted slot still reads its feature, for the twist.
     """
-    every = guided_of(state, programme)
+    every = guided_of(state, programme) if any(need.guided for need in needs) else torch.zeros_like(state.ok)
+    if len(needs) == 1:
+        return _look(slots_of(state, programme), every, programme, needs[0])
     size = programme.bucket or len(every)
-    parts: list[Sight] = []
-    for at, need in enumerate(needs):
-        part = EVERY if len(needs) == 1 else slice(at * size, (at + 1) * size)
-        guided, slots = every[part], slots_of(state, programme, part)
-        x0_hat = grad = torch.zeros_like(slots.x)
-        activation = drive = log_twist = torch.full_like(slots.lam, torch.nan)
-        strength = torch.zeros_like(slots.lam)
-        step, v = programme.step, slots.x.new_empty(len(slots.x), 0)
-        if programme.log_variance is not None:
-            step, v = ListeningStep.to(step), torch.zeros_like(slots.x)
-        together = need.guided and need.unguided and one_graph_serves_both(programme)
-        if need.unguided and not together:
-            x0_hat = step.unguided(slots.x, slots.sigma, slots.alpha)
-            v = heard(step, v)
-            if need.reads:
-                activation, drive = step.measure(x0_hat, slots.readout)
-                log_twist = slots.energy(drive)
-        if need.guided:
-            push = programme.lift.push(step, slots)
-            if together:
-                x0_hat, v = push.x0_hat, heard(step, v)
-            else:
-                v = torch.where(per_slot(guided, v), heard(step, v), v)
-                x0_hat = torch.where(per_slot(guided, slots.x), push.x0_hat, x0_hat)
-            activation = torch.where(guided, push.activation, activation)
-            drive = torch.where(guided, push.drive, drive)
-            log_twist = torch.where(guided, push.log_twist, log_twist)
-            grad, strength = push.grad, push.strength
-        if programme.particles > 1:
-            log_twist = torch.where(slots.lam == 0, 0.0, log_twist)
-        parts.append(Sight(x0_hat, activation, drive, grad, strength, log_twist, guided, v))
-    return parts[0] if len(parts) == 1 else Sight(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    places = [slice(at * size, (at + 1) * size) for at in range(len(needs))]
+    return Sight.joined(
+        [
+            _look(slots_of(state, programme, part), every[part], programme, need)
+            for part, need in zip(places, needs, strict=True)
+        ]
+    )
+
+
+def _look(slots: Slots, guided: Tensor, programme: Programme, need: Need) -> Sight:
+    """`look` at the slots of one call."""
+    step, grad, v = programme.step, None, None
+    activation = drive = log_twist = strength = torch.full_like(slots.lam, torch.nan)
+    if programme.log_variance is not None:
+        step, v = ListeningStep.to(step), torch.zeros_like(slots.x)
+    together = need.guided and need.unguided and one_graph_serves_both(programme)
+    if need.unguided and not together:
+        x0_hat = step.unguided(slots.x, slots.sigma, slots.alpha)
+        v = heard(step, v)
+        if need.reads:
+            activation, drive = step.measure(x0_hat, slots.readout)
+            log_twist = slots.energy(drive)
+    else:
+        x0_hat = torch.zeros_like(slots.x)
+    if need.guided:
+        push = programme.lift.push(step, slots)
+        if together:
+            x0_hat, v = push.x0_hat, heard(step, v)
+        else:
+            if v is not None and (said := heard(step, v)) is not None:
+                v = torch.where(per_slot(guided, v), said, v)
+            x0_hat = torch.where(per_slot(guided, slots.x), push.x0_hat, x0_hat)
+        activation = torch.where(guided, push.activation, activation)
+        drive = torch.where(guided, push.drive, drive)
+        log_twist = torch.where(guided, push.log_twist, log_twist)
+        grad, strength = push.grad, push.strength
+    if programme.particles > 1:
+        log_twist = torch.where(slots.lam == 0, 0.0, log_twist)
+    return Sight(x0_hat, activation, drive, grad, strength, log_twist, guided, v)
 
 
 def one_graph_serves_both(programme: Programme) -> bool:
@@ -103,7 +111,9 @@ def one_graph_serves_both(programme: Programme) -> bool:
 def move(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotState, Observation]:
     """x' and H' of the table for every slot that still has a row to do."""
     dtype, asked = state.x.dtype, programme.kernels
-    x0_hat, grad = (_dense(each) if asked == "triton" else each for each in (sight.x0_hat, sight.grad))
+    x0_hat, grad = sight.x0_hat, sight.grad
+    if asked == "triton":  # each sample in C order, as x is: an expanded or permuted gradient becomes one in memory
+        x0_hat, grad = x0_hat.contiguous(), None if grad is None else grad.contiguous()
     inputs = StepInputs(
         x=state.x,
         x0_hat=x0_hat,
@@ -129,8 +139,3 @@ def move(state: SlotState, sight: Sight, programme: Programme) -> tuple[SlotStat
         noise = rows_of(state, programme)[:, _NOISE].to(dtype)
         after = reweigh_after_move(after, moved.z_dot_delta, moved.delta_norm_sq, noise)
     return after, Observation(sight.x0_hat, sight.activation, sight.drive, *moved[4:])
-
-
-def _dense(values: Tensor) -> Tensor:
-    """Each sample in C order, as x is: an expanded or permuted gradient becomes one in memory."""
-    return values.contiguous()

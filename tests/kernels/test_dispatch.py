@@ -48,10 +48,11 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "change", "says"), REFUSED)
-def test_a_wrong_argument_is_a_config_error_that_names_it(name, change, says):
+@pytest.mark.parametrize("asked", ["reference", "native"])
+def test_a_wrong_argument_is_a_config_error_that_names_it(asked, name, change, says):
     case = CASE._replace(**{name: change(getattr(CASE, name))})
     with pytest.raises(tiltscope.errors.ConfigError) as refused:
-        dispatch.guided_step(case)
+        dispatch.guided_step(case, implementation=asked)
     assert str(refused.value).startswith(f"{name}: got ")
     assert says in str(refused.value)
 
@@ -131,6 +132,7 @@ assert dict(calls) == {("guided_step", "compiled"): 1}
 check_guided_step(together, case)
 alone = dispatch.guided_step(case.slots(torch.tensor([4])), implementation="compiled")
 assert all(torch.equal(mine[0], theirs[4]) for mine, theirs in zip(alone, together, strict=True))
+check_guided_step(dispatch.guided_step(case._replace(grad_a=None), implementation="compiled"), case._replace(grad_a=None))
 """
 
 
@@ -163,6 +165,11 @@ def test_guided_step_is_a_well_formed_op(layout):
         "strided": strided,
     }[layout]
     torch.library.opcheck(torch.ops.tiltscope.guided_step, (*CASE.pictures(change), None, "reference"))
+
+
+@pytest.mark.parametrize("asked", ["reference", "native"])
+def test_it_is_one_without_a_gradient_too(asked):
+    torch.library.opcheck(torch.ops.tiltscope.guided_step, (*CASE._replace(grad_a=None), None, asked))
 
 
 def test_resample_is_a_well_formed_op():

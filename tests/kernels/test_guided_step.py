@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from kernel_cases import guided_case
 
 from tiltscope.engine.sampler import noise
 from tiltscope.engine.sampler.row import COLUMNS
@@ -59,6 +60,17 @@ def test_an_unguided_slot_ignores_a_gradient_that_is_not_finite():
     got = guided_update(*tensors, torch.tensor([True, True, False]), *addresses)
     assert got.finite.tolist() == [True, True, True]
     assert float(got.delta_norm_sq[2]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_without_a_gradient_every_slot_is_an_unguided_one_bit_for_bit(dtype):
+    case = guided_case(9, (3, 5, 7)).to(dtype)
+    bare = reference.guided_step(case._replace(grad_a=None))
+    unguided = reference.guided_step(case._replace(guided=torch.zeros_like(case.guided)))
+    for name in ("x", "history", "row", "ok", "delta_norm_sq", "z_dot_delta"):
+        assert torch.equal(getattr(bare, name), getattr(unguided, name)), name
+    assert bare.grad_norm_sq.tolist() == [0.0] * 9
+    assert bare.ok.tolist() == case.ok.tolist()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -30,6 +30,8 @@ def test_every_output_is_the_definitions_bit_for_bit(shape, dtype):
             got = dispatch.guided_step(case, implementation="native")
         assert same(got, reference.guided_step(case))
         assert dict(calls) == {("guided_step", "native"): 1}
+        bare = case._replace(grad_a=None)
+        assert same(dispatch.guided_step(bare, implementation="native"), reference.guided_step(bare))
 
 
 @pytest.mark.parametrize("network", [torch.bfloat16, torch.float16])

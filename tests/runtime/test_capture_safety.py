@@ -65,7 +65,8 @@ def judged(prior, feature, needs, change=None, **settings):
     meta = StaticSlots.like(fresh(0)).to(META)
     prior, vision = run.prior.to(torch.float32, META), run.feature.to(torch.float32, META)
     there = replace(work, device=META, step=TorchStep(prior, vision))
-    _ = there.coefficients, there.num_rows, there.guided_rows, there.log_variance  # made once, as a warm-up makes them
+    # Made once, as a warm-up makes them.
+    _ = there.coefficients, there.num_rows, there.guided_rows, there.levels, there.log_variance
 
     def step(slots, programme):
         written = step_into(slots, programme, needs)

@@ -10,6 +10,7 @@ import torch
 import tiltscope
 from tiltscope.engine.errors import NonFiniteError
 from tiltscope.engine.runtime.step import TorchStep
+from tiltscope.engine.sampler import tick as tick_module
 from tiltscope.engine.sampler.plan import make_plan
 from tiltscope.engine.sampler.state import Programme, admit
 from tiltscope.engine.sampler.tick import tick
@@ -70,7 +71,7 @@ def test_unlike_plans_in_one_batch_equal_each_alone():
     alone = [run(programme(plan), fresh(programme(plan), [0.8, 0.8]), plan.num_rows) for plan in plans]
     both = programme(*plans)
     state = fresh(both, [0.8, 0.8])
-    state = replace(state, plan=torch.tensor([0, 1]), host=replace(state.host, plan=np.array([0, 1])))
+    state = replace(state, plan=torch.tensor([0, 1]), host=replace(state.host, plan=(0, 1)))
     state = run(both, state, max(plan.num_rows for plan in plans))
     assert state.row.tolist() == [7, 9]
     torch.testing.assert_close(state.x[0], alone[0].x[0], rtol=0, atol=0)
@@ -112,6 +113,34 @@ def test_a_row_runs_only_the_graphs_it_needs(lam, expected):
     work = programme(make_plan("ddpm", steps=4, grid="angle"))
     tick(fresh(work, lam), work)
     assert work.step.calls == expected
+
+
+@pytest.mark.parametrize(
+    ("lam", "bucket", "gradient"),
+    [([0.0, 0.0], None, False), ([1.0, 0.0], None, True), ([0.0, 0.0], 1, False), ([1.0, 0.0], 1, True)],
+)
+def test_rows_without_a_guided_slot_have_no_gradient_and_buckets_without_one_none_that_pushes(
+    lam, bucket, gradient, monkeypatch
+):
+    given = []
+    real = tick_module.guided_step
+    monkeypatch.setattr(tick_module, "guided_step", lambda i, **asked: given.append(i.grad_a) or real(i, **asked))
+    work = replace(programme(make_plan("ddpm", steps=4, grid="angle")), bucket=bucket)
+    state = run(work, fresh(work, lam), 4)
+    assert [each is not None for each in given] == [gradient] * 4
+    if gradient and bucket:
+        assert not any(each[1].any() for each in given)
+        assert all(each[0].any() for each in given)
+    alone = [run(work, fresh(work, [each] * 2), 4) for each in lam]
+    assert all(torch.equal(state.x[at], each.x[at]) for at, each in enumerate(alone))
+
+
+def test_levels_are_the_rows_own_and_a_slot_that_has_done_its_plan_stays_at_its_last():
+    plans = make_plan("ddpm", steps=7, grid="angle"), make_plan("heun", steps=2, grid="angle")
+    for table, name in zip(programme(*plans).levels, ("sigma", "alpha"), strict=True):
+        for own, plan in zip(table.tolist(), plans, strict=True):
+            column = plan.column(name).tolist()
+            assert own == column + [column[-1]] * (8 - plan.num_rows)
 
 
 def test_a_tick_writes_into_no_tensor_of_the_state():

@@ -108,6 +108,14 @@ def test_an_unguided_slot_ignores_a_gradient_that_is_not_finite():
     assert float(got.delta_norm_sq[2]) == 0
 
 
+@pytest.mark.parametrize("n", [5, 1028])
+def test_without_a_gradient_every_slot_is_an_unguided_one(n):
+    case = guided_case(4, (n,))
+    bare, unguided = step(case._replace(grad_a=None)), step(case._replace(guided=torch.zeros_like(case.guided)))
+    assert all(torch.equal(getattr(bare, name), getattr(unguided, name)) for name in ("x", "history", "row", "ok"))
+    assert bare.grad_norm_sq.tolist() == bare.delta_norm_sq.tolist() == bare.z_dot_delta.tolist() == [0.0] * 4
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_mixed_form_reads_lower_precision_and_keeps_a_float32_state(dtype):
     case = guided_case(2, (1028,)).network_in(dtype)
