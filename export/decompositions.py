@@ -28,10 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
 
-from tiltscope.engine.batch_invariant import linear
+from tiltscope.engine.batch_invariant import ROOT_HALF, linear
 
 aten = torch.ops.aten
-_ROOT_HALF = math.sqrt(0.5)
 _HALF_LOG_PI = math.log(math.pi) / 2
 _stock_roll = get_decompositions([aten.roll])[aten.roll.default]
 _stock_gelu_gradient = get_decompositions([aten.gelu_backward])[aten.gelu_backward.default]
@@ -239,7 +238,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     if approximate != "none":
         return NotImplemented
     wide = x.to(_wide(x))
-    return (wide * _normal_distribution(wide * _ROOT_HALF)).to(x.dtype)
+    return (wide * _normal_distribution(wide * ROOT_HALF)).to(x.dtype)
 
 
 def gelu_gradient(grad: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
@@ -247,7 +246,7 @@ def gelu_gradient(grad: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
     tanh form: stock."""
     if approximate != "none":
         return _stock_gelu_gradient(grad, x, approximate=approximate)
-    t = x.to(_wide(x)) * _ROOT_HALF
+    t = x.to(_wide(x)) * ROOT_HALF
     return (grad.to(t.dtype) * (_normal_distribution(t) + t * torch.exp(-_HALF_LOG_PI - t * t))).to(x.dtype)
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiltscope.engine.batch_invariant import attend
+
 
 @contextmanager
 def plain_functions() -> Generator[None]:
@@ -68,7 +70,6 @@ def _attention(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if more or not alike or query.dtype not in (torch.float32, torch.float64):
             return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         q, k, v = (each.flatten(0, 1) for each in (query, key, value))
-        weights = torch.softmax(q @ k.transpose(1, 2) * (query.shape[-1] ** -0.5 if scale is None else scale), dim=-1)
-        return (weights @ v).unflatten(0, query.shape[:2])
+        return attend(q, k, v, query.shape[-1] ** -0.5 if scale is None else scale).unflatten(0, query.shape[:2])
 
     return attention

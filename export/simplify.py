@@ -39,8 +39,11 @@ def simplify(traced: GraphModule) -> None:
             _join_transpositions(node)
             if pure:
                 _turn_product(node)
-    for node in traced.graph.find_nodes(op="call_function", target=aten.view.default) if pure else ():
-        node.target = aten.reshape.default  # a turned product lies otherwise in memory, and what is computed from it
+    if pure:
+        for node in traced.graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = (
+                aten.reshape.default
+            )  # a turned product lies otherwise in memory, and what is computed from it
     traced.graph.eliminate_dead_code()
     traced.recompile()
 

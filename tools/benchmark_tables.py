@@ -207,6 +207,47 @@ def roofline() -> Iterator[str]:
     )
 
 
+def rows() -> Iterator[str]:
+    yield "## A guided row, and the sampler's own work around it"
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
+    for line in lines("bench"):
+        if {"row", "host"} <= {each["case"] for each in line["lines"]}:
+            newest[tuple(line["machine"]["features"])] = line
+    if not newest:
+        yield "not measured"
+        return
+    yield (
+        "Own work: what a row takes around networks that cost nothing, unguided. Bound: a guided row's convolutions and products alone, at "
+        "the rate that this machine was measured to reach. Faster: than autograd through diffusers and transformers as anybody would write it."
+    )
+    for line in newest.values():
+        yield measured(line, "tiltscope bench row picture host --runners torch,onnx")
+        own = {each["setting"]: each["more"]["us_a_row"] for each in line["lines"] if each["case"] == "host"}
+        yield table(
+            ["batch", "way", "p50, ms", "p20 to p80", "faster", "bound, ms", "own work, ms", "share of the row"],
+            [
+                [
+                    each["setting"].split()[1],
+                    each["way"],
+                    f"{each['timing']['p50']:.1f}",
+                    f"{each['timing']['p20']:.1f} to {each['timing']['p80']:.1f}",
+                    "baseline" if each["faster"] is None else f"{each['faster']:.2f}x",
+                    f"{each['more']['bound_ms']:.1f}",
+                    *(
+                        ("-", "-")
+                        if each["way"] == "plain"
+                        else (
+                            f"{own[each['setting']] / 1e3:.2f}",
+                            f"{own[each['setting']] / each['timing']['p50'] / 10:.1f}%",
+                        )
+                    ),
+                ]
+                for each in line["lines"]
+                if each["case"] == "row"
+            ],
+        )
+
+
 def growth() -> Iterator[str]:
     yield "## How time grows"
     found = [line for line in lines("bench") if any(each["case"] == "growth" for each in line["lines"])]
@@ -236,7 +277,7 @@ def growth() -> Iterator[str]:
 
 
 def main() -> None:
-    parts = [HEAD.strip(), *peers(), *budget(), *memory(), *batching(), *growth(), *roofline()]
+    parts = [HEAD.strip(), *peers(), *budget(), *rows(), *memory(), *batching(), *growth(), *roofline()]
     (ROOT / "docs" / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
 
 

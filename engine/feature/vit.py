@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tiltscope.engine.batch_invariant import Linear, gelu, silu
+from tiltscope.engine.batch_invariant import Linear, attend, gelu, silu
 from tiltscope.engine.errors import BundleError
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "silu": silu}
@@ -139,11 +139,8 @@ class Attention(nn.Module):
         q, k, v = (self._heads(project(h)) for project in (self.q_proj, self.k_proj, self.v_proj))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        # Two plain products, not the blocked kernel: for some 70 tokens they are as fast, every product is one sample's and one
-        # head's, so batch mates cannot change a bit (tests/feature/test_trunk.py), and any exporter can differentiate them.
-        # Of three dimensions, so that an engine sees transposition, product and scale side by side, and makes them one.
-        weights = torch.softmax(q @ k.transpose(1, 2) * self.scale, dim=-1)
-        return self.o_proj((weights @ v).unflatten(0, (-1, self.num_heads)).transpose(1, 2).flatten(2))
+        heads = attend(q, k, v, self.scale)
+        return self.o_proj(heads.unflatten(0, (-1, self.num_heads)).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

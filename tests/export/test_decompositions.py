@@ -27,6 +27,19 @@ def numbers(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def value_and_grad(function, cotangent):
+    """x -> f(x) and the gradient of <f(x), cotangent(x, f(x))>, the cotangent held fixed."""
+
+    def both(x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = function(x)
+            (grad,) = torch.autograd.grad(y, x, cotangent(x.detach(), y.detach()))
+        return y.detach(), grad
+
+    return both
+
+
 GAIN, OFFSET = numbers(5, seed=5), numbers(5, seed=6)
 
 
@@ -134,20 +147,13 @@ def test_what_has_no_gradient_here_says_so():
 @pytest.mark.parametrize("coarse", [False, True])
 def test_the_table_leaves_no_backward_operator_and_the_gradient_is_autograds(name, function, shape, coarse):
     """Each operation of the networks alone, traced as the step is."""
-
-    def value_and_grad(x):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            y = function(x)
-            (grad,) = torch.autograd.grad((y * y.detach().cos()).sum(), x)
-        return y.detach(), grad
-
+    both = value_and_grad(function, lambda x, y: y.cos())
     x = numbers(*shape)
-    traced = make_fx(value_and_grad, decomposition_table=table(coarse=coarse), tracing_mode="real")(x)
+    traced = make_fx(both, decomposition_table=table(coarse=coarse), tracing_mode="real")(x)
     left = [str(node.target) for node in traced.graph.nodes]
     assert not [name for name in left if "backward" in name or "scatter" in name or "strided" in name]
     other = numbers(*shape, seed=9)
-    for found, expected in zip(traced(other), value_and_grad(other), strict=True):
+    for found, expected in zip(traced(other), both(other), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -189,12 +195,8 @@ def test_a_trace_keeps_what_engines_have_a_kernel_for():
 
 
 def test_no_sum_over_a_row_is_left_to_an_engine_in_the_gradient_of_a_softmax():
-    def gradient(x):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(torch.softmax(x, -1), x, x.detach())[0]
-
-    found = operators_of(gradient, torch.zeros(2, 3, 5))
+    both = value_and_grad(lambda x: torch.softmax(x, -1), lambda x, y: x)
+    found = operators_of(both, torch.zeros(2, 3, 5))
     assert [name for name in found if "_softmax" in name] == ["aten._softmax.default"]
     assert not [name for name in found if "sum.dim" in name]
 
@@ -203,16 +205,10 @@ def test_no_sum_over_a_row_is_left_to_an_engine_in_the_gradient_of_a_softmax():
 @pytest.mark.parametrize("coarse", [False, True])
 def test_half_precision_is_computed_in_float32(function, coarse):
     """Rounded once, as stock does: within half of bfloat16's last place."""
-
-    def value_and_grad(x):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            y = function(x)
-            return y.detach(), torch.autograd.grad(y, x, torch.ones_like(x))[0]
-
+    both = value_and_grad(function, lambda x, y: torch.ones_like(x))
     x = torch.linspace(-8, 8, 4001).bfloat16()
-    traced = make_fx(value_and_grad, decomposition_table=table(coarse=coarse))(x)
-    for found, exact in zip(traced(x), value_and_grad(x.double()), strict=True):
+    traced = make_fx(both, decomposition_table=table(coarse=coarse))(x)
+    for found, exact in zip(traced(x), both(x.double()), strict=True):
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
 
@@ -221,12 +217,7 @@ def test_a_coarse_graph_computes_nothing_twice_for_a_gradient():
     """Once an engine has made equal operators one, which every one does: these are what is left to run."""
 
     def gradient_of(function):
-        def both(x):
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                y = function(x)
-                return y.detach(), torch.autograd.grad(y, x, x.detach())[0]
-
+        both = value_and_grad(function, lambda x, y: x)
         traced = make_fx(both, decomposition_table=table(coarse=True))(torch.zeros(2, 5))
         simplify(traced)
         shared = CSEPass()(traced).graph_module
@@ -238,27 +229,19 @@ def test_a_coarse_graph_computes_nothing_twice_for_a_gradient():
     assert len(gradient_of(F.gelu)) == 11
 
 
+def operators_of_a_convolutions_gradient(kernel, padding, size):
+    weight, x, grad = torch.zeros(5, 4, kernel, kernel), torch.zeros(2, 4, size, size), torch.zeros(2, 5, size, size)
+    fixed = (x, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False])
+    return operators_of(lambda grad: convolution_input_gradient(grad, *fixed)[0], grad)
+
+
 def test_a_convolutions_gradient_leaves_the_border_to_the_convolution():
     """A tensor with a border is a copy."""
-    weight, x = torch.zeros(5, 4, 3, 3), torch.zeros(2, 4, 6, 6)
-
-    def gradient(grad):
-        return convolution_input_gradient(
-            grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
-        )[0]
-
-    assert not [name for name in operators_of(gradient, torch.zeros(2, 5, 6, 6)) if "pad" in name]
+    assert not [name for name in operators_of_a_convolutions_gradient(3, 1, 6) if "pad" in name]
 
 
 def test_a_convolution_of_one_pixel_is_a_convolution_backwards_too():
     """As a product it takes two copies with the channels last and back."""
-    weight, x = torch.zeros(5, 4, 1, 1), torch.zeros(2, 4, 3, 3)
-
-    def gradient(grad):
-        return convolution_input_gradient(
-            grad, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False]
-        )[0]
-
-    found = operators_of(gradient, torch.zeros(2, 5, 3, 3))
+    found = operators_of_a_convolutions_gradient(1, 0, 3)
     assert [name for name in found if "conv" in name] == ["aten.convolution.default"]
     assert not [name for name in found if "mm" in name or "pad" in name or "clone" in name]
