@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tiltscope.engine.bundle import Bundle
@@ -59,10 +60,15 @@ def match(
 
 def naturalness(bundle: Bundle, x0: Tensor) -> tuple[float, float]:
     """(mean, standard error) over the pictures, defined as in every report."""
+    each = each_naturalness(bundle, x0)
+    return float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each)))
+
+
+def each_naturalness(bundle: Bundle, x0: Tensor) -> NDArray[np.float64]:
+    """Every picture's own."""
     pool = np.asarray(bundle.pool.embeddings(), np.float64)
     heldout = pool[np.flatnonzero(bundle.pool.heldout)]
-    each = metrics.naturalness(metrics.embed(bundle, x0), heldout / np.linalg.norm(heldout, axis=1, keepdims=True))
-    return float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each)))
+    return metrics.naturalness(metrics.embed(bundle, x0), heldout / np.linalg.norm(heldout, axis=1, keepdims=True))
 
 
 def detail(bundle: Bundle, x0: Tensor) -> float:

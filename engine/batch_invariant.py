@@ -118,9 +118,10 @@ def attend(
     v: Float[Tensor, "n tokens width"],
     scale: float,
 ) -> Float[Tensor, "n tokens width"]:
-    """softmax(scale q k') v. Two plain products, not the blocked kernel: for some 70 tokens they are as fast, every product is one
-    sample's and one head's, so batch mates cannot change a bit (tests/feature/test_trunk.py), and any exporter can differentiate
-    them. Of three dimensions, so that an engine sees transposition, product and scale side by side, and makes them one.
+    """softmax(scale q k') v. Two plain products, not the blocked kernel: for some 70 tokens they are as fast, every product is
+    one sample's and one head's, so batch mates cannot change a bit (tests/feature/test_trunk.py), and any exporter can
+    differentiate them. Of three dimensions, so that an engine sees transposition, product and scale side by side, and makes
+    them one.
     """
     return torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1) @ v
 

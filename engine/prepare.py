@@ -16,6 +16,7 @@ from tiltscope.engine.feature.feature import Feature, check_activation
 from tiltscope.engine.prior.prior import Prior, check_denoise
 from tiltscope.engine.run import Run
 from tiltscope.engine.runtime.auto import choose
+from tiltscope.engine.runtime.cpu import require_bfloat16
 from tiltscope.engine.runtime.graphs import CudaGraphs
 from tiltscope.engine.runtime.memory import ChunkedStep, MemoryPlan, available_mib, plan_memory
 from tiltscope.engine.runtime.runners import AUTO, REFERENCE, Gated, step_for
@@ -33,7 +34,9 @@ from tiltscope.kernels.implementation import Implementation, require_implementat
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# What the slots' state, energies and readings are in, and what the networks compute in.
+STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+NETWORK_DTYPES = STATE_DTYPES | {"bfloat16": torch.bfloat16}
 
 
 def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, gated: Gated | None = None) -> Run:
@@ -46,23 +49,23 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, gated: Gate
         raise ConfigError(
             "lam and target_activation: got neither; give the tilt's lambda, or the mean activation wanted"
         )
-    dtype = DTYPES[config.dtype]
+    dtype, network_dtype = STATE_DTYPES[config.dtype], NETWORK_DTYPES[config.dtype]
     device, kernels = device_and_kernels(config)
     prior, feature = prior.to(dtype, device), feature.to(dtype, device)
+    networks = _narrowed(prior, feature, network_dtype, device) if network_dtype != dtype else (prior, feature)
     choice = None
     if gated is None:
         check_denoise(prior, dtype, guided=config.lam != 0)
         check_activation(feature, prior.shape, dtype)
         if config.runner == AUTO and device.type == "cpu":
-            choice, gated = choose(prior, feature, dtype, bucket=config.bucket, kernels=kernels)
+            choice, gated = choose(*networks, network_dtype, bucket=config.bucket, kernels=kernels)
         elif config.runner == AUTO:
             raise ConfigError(f"runner auto: it has no candidates on {device.type} but torch; give --runner torch")
         else:
             gated = step_for(
                 config.runner,
-                prior,
-                feature,
-                dtype,
+                *networks,
+                network_dtype,
                 allow_parity_failure=config.allow_parity_failure,
                 kernels=kernels,
             )
@@ -153,6 +156,17 @@ def _same_bits_sooner(device: torch.device) -> Implementation:
     return "native"
 
 
+def _narrowed(prior: Prior, feature: Feature, dtype: torch.dtype, device: torch.device) -> tuple[Prior, Feature]:
+    """Both with their networks in a dtype narrower than the state's. Raises ConfigError where that is nothing to have."""
+    require_bfloat16(device)
+    if prior.network is None or feature.trunk is None:
+        raise ConfigError(
+            f"dtype: got {str(dtype).removeprefix('torch.')} with a prior or a feature that is a Python function, which "
+            "computes in the state's dtype; give dtype float32"
+        )
+    return prior.to(dtype, device), feature.to(dtype, device)
+
+
 def _memory_plan(prior: Prior, feature: Feature, config: SampleConfig, gated: Gated) -> MemoryPlan | None:
     """Raises RunnerError, with numbers, for a bucket whose gradient would not fit."""
     if config.device != "cpu" or gated.step.name != REFERENCE or prior.network is None or feature.trunk is None:
@@ -161,7 +175,7 @@ def _memory_plan(prior: Prior, feature: Feature, config: SampleConfig, gated: Ga
         return None
     available = available_mib()
     return plan_memory(
-        prior, feature, DTYPES[config.dtype], bucket=config.bucket, chunk=config.vjp_chunk, available=available
+        prior, feature, NETWORK_DTYPES[config.dtype], bucket=config.bucket, chunk=config.vjp_chunk, available=available
     )
 
 

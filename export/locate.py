@@ -84,8 +84,11 @@ class Tapped:
         return [*(f"output_{each}" for each in at), *(f"grad_{each}" for each in at), "grad_x"]
 
 
-def tap(prior: Prior, feature: Feature, dtype: torch.dtype) -> Tapped:
-    """The step's networks cast to dtype and traced with all their taps; the reference keeps the weights that were loaded."""
+def tap(prior: Prior, feature: Feature, dtype: torch.dtype, files: torch.dtype) -> Tapped:
+    """The step's networks cast to `files` and traced with all their taps; the reference keeps the weights that were loaded.
+
+    dtype: what the engine computes in, which decides how the gate reads.
+    """
     denoiser, _, readout = network_parts(prior, feature, "the gate")
     num = len(LEVELS)
     x = torch.stack([torch.from_numpy(normal(0, at, 0, 0, shape=prior.shape)) for at in range(num)])
@@ -96,22 +99,27 @@ def tap(prior: Prior, feature: Feature, dtype: torch.dtype) -> Tapped:
     reference = TappedNetworks(exact, exact_trunk)
     expected = reference.tapped(*(cast(each, torch.float64) for each in given))
 
-    cast_prior, cast_feature = prior.to(dtype), feature.to(dtype)
+    cast_prior, cast_feature = prior.to(files), feature.to(files)
     denoiser, trunk, _ = network_parts(cast_prior, cast_feature, "the gate")
     example = examples(cast_prior, cast_feature)["guided"]
     graph = trace(TappedNetworks(denoiser, trunk), "tapped", example)
     return Tapped(
         graph=graph,
         example=example,
-        given=[cast(each, dtype) for each in given],
+        given=[cast(each, files) for each in given],
         expected=expected,
         modules=reference.names,
     )
 
 
-def locate(prior: Prior, feature: Feature, dtype: torch.dtype, open_graph: Open) -> str:
-    """One sentence: the first module that deviates from float64 eager when `open_graph`'s engine runs the step built anew."""
-    tapped = tap(prior, feature, dtype)
+def locate(
+    prior: Prior, feature: Feature, dtype: torch.dtype, open_graph: Open, *, files: torch.dtype | None = None
+) -> str:
+    """One sentence: the first module that deviates from float64 eager when `open_graph`'s engine runs the step built anew.
+
+    files: what the graph is traced in, where that is not dtype.
+    """
+    tapped = tap(prior, feature, dtype, files or dtype)
     run = open_graph(tapped.graph, tapped.example, tapped.names)
     return verdict(tapped.modules, run(tapped.given), tapped.expected, LIMITS[dtype].error)
 

@@ -13,6 +13,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,8 @@ class OnnxExporter:
 
     def build(self, prior: Prior, feature: Feature, dtype: torch.dtype, folder: Path) -> None:
         """Every graph of the step into `folder`."""
+        wide = self.file_dtype(dtype)
+        prior, feature = prior.to(wide), feature.to(wide)
         network_parts(prior, feature, self.runner)
         for module in ("onnx", "onnxscript", {"onnx": "onnxruntime"}.get(self.runner, self.runner)):
             needed(module, self.runner)
@@ -133,7 +136,16 @@ class OnnxExporter:
     def load(self, folder: Path, prior: Prior, feature: Feature, dtype: torch.dtype) -> Step:
         """The step from `folder`'s files."""
         denoiser, _, _ = network_parts(prior, feature, self.runner)
-        return ExportedStep(self.runner, denoiser, GraphFiles(folder, self._open_again), dtype, self.max_batch)
+        files = GraphFiles(folder, self.opener(dtype, again=True))
+        return ExportedStep(self.runner, denoiser, files, self.file_dtype(dtype), self.max_batch)
+
+    def file_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What files hold, take and give whose networks compute in `dtype`."""
+        return dtype
+
+    def opener(self, dtype: torch.dtype, *, again: bool = False) -> Callable[[Path], Engine]:
+        """What opens a file to compute in `dtype`. again: one of an artefact, as it was opened before."""
+        return self._open_again if again else self._open_graph
 
     def cannot_run(self) -> str | None:
         return None
@@ -145,13 +157,24 @@ class OnnxExporter:
 
             def open_anew(graph: StepGraph, example: list[Tensor], outputs: list[str]) -> Run:
                 write_onnx(graph, "guided", example, path, {}, outputs=outputs)
-                engine = self._open_graph(path)
+                engine = self.opener(dtype)(path)
                 return lambda given: [
                     torch.from_numpy(each)
                     for each in engine({name: t.numpy() for name, t in zip(INPUTS["guided"], given, strict=True)})
                 ]
 
-            return locate(prior, feature, dtype, open_anew)
+            return locate(prior, feature, dtype, open_anew, files=self.file_dtype(dtype))
+
+
+class OpenvinoExporter(OnnxExporter):
+    """On a CPU a setting decides what OpenVINO computes in, not the file: that is float32 for bfloat16, too."""
+
+    def file_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def opener(self, dtype: torch.dtype, *, again: bool = False) -> Callable[[Path], Engine]:
+        told: Any = super().opener(dtype, again=again)
+        return partial(told, precision="bf16" if dtype == torch.bfloat16 else "f32")
 
 
 def write_graphs(prior: Prior, feature: Feature, runner: str, folder: Path) -> None:
@@ -187,13 +210,12 @@ onnx_exporter = OnnxExporter(
     dtypes=("float32", "float16"),
     refused={"bfloat16": "ONNX Runtime has no bfloat16 convolution for a CPU", "float64": _NO_FLOAT64},
 )
-openvino_exporter = OnnxExporter(
+openvino_exporter = OpenvinoExporter(
     "openvino",
     openvino_step.open_graph,
     openvino_step.open_again,
-    dtypes=("float32",),
-    refused={"float64": _NO_FLOAT64}
-    | dict.fromkeys(("float16", "bfloat16"), "on a CPU its setting decides what it computes in, float32, not the file"),
+    dtypes=("float32", "bfloat16"),
+    refused={"float64": _NO_FLOAT64, "float16": "on a CPU it computes in float32 or bfloat16"},
 )
 
 

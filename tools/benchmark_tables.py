@@ -217,11 +217,13 @@ def rows() -> Iterator[str]:
         yield "not measured"
         return
     yield (
-        "Own work: what a row takes around networks that cost nothing, unguided. Bound: a guided row's convolutions and products alone, at "
-        "the rate that this machine was measured to reach. Faster: than autograd through diffusers and transformers as anybody would write it."
+        "Own work: what a row takes around networks that cost nothing, unguided. Bound: a guided row's convolutions and products "
+        "alone, at the rate that this machine was measured to reach in float32. Faster: than autograd through diffusers and "
+        "transformers as anybody would write it."
     )
     for line in newest.values():
-        yield measured(line, "tiltscope bench row picture host --runners torch,onnx")
+        ways = dict.fromkeys(each["way"] for each in line["lines"] if each["case"] == "row" and each["way"] != "plain")
+        yield measured(line, f"tiltscope bench row picture host --runners {','.join(ways)}")
         own = {each["setting"]: each["more"]["us_a_row"] for each in line["lines"] if each["case"] == "host"}
         yield table(
             ["batch", "way", "p50, ms", "p20 to p80", "faster", "bound, ms", "own work, ms", "share of the row"],
@@ -246,6 +248,39 @@ def rows() -> Iterator[str]:
                 if each["case"] == "row"
             ],
         )
+
+
+def precision() -> Iterator[str]:
+    yield "## Networks in bfloat16"
+    if not (found := lines("precision")):
+        yield "not measured"
+        return
+    line = found[-1]
+    config = line["config"]
+    yield (
+        measured(line, "benchmarks/precision.py")
+        + f" {config['num']} pictures of `{config['feature']}`, preset fast, strength {config['strength']}, the same seeds for "
+        "every way. Apart: mean difference from the first line's pictures, seed by seed, and its standard error. State and "
+        "readings are float32."
+    )
+    base = line["lines"][0]["seconds_a_picture"]
+    yield table(
+        ["way", "activation", "apart", "naturalness", "apart", "detail", "RMS from the first", "s a picture", "faster"],
+        [
+            [
+                each["way"],
+                f"{each['activation']['mean']:.3f}",
+                f"{each['activation']['apart']:+.4f} ± {each['activation']['se']:.4f}",
+                f"{each['naturalness']['mean']:.3f}",
+                f"{each['naturalness']['apart']:+.4f} ± {each['naturalness']['se']:.4f}",
+                f"{each['detail']:.3f}",
+                f"{each['rms']:.1e}",
+                f"{each['seconds_a_picture']:.3f}",
+                f"{base / each['seconds_a_picture']:.2f}x",
+            ]
+            for each in line["lines"]
+        ],
+    )
 
 
 def growth() -> Iterator[str]:
@@ -277,7 +312,7 @@ def growth() -> Iterator[str]:
 
 
 def main() -> None:
-    parts = [HEAD.strip(), *peers(), *budget(), *rows(), *memory(), *batching(), *growth(), *roofline()]
+    parts = [HEAD.strip(), *peers(), *budget(), *rows(), *precision(), *memory(), *batching(), *growth(), *roofline()]
     (ROOT / "docs" / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
 
 

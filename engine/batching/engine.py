@@ -23,7 +23,7 @@ from tiltscope.engine.bundle import Bundle
 from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import BusyError, ConfigError, RunnerError
 from tiltscope.engine.feature.feature import Feature
-from tiltscope.engine.prepare import DTYPES, calibrated, device_and_kernels, prepare
+from tiltscope.engine.prepare import STATE_DTYPES, calibrated, device_and_kernels, prepare
 from tiltscope.engine.prior.prior import Prior
 from tiltscope.engine.runtime.runners import Gated
 from tiltscope.engine.runtime.threads import release_threads
@@ -197,7 +197,7 @@ class Engine:
         return self._bundle.feature(feature)
 
     def _step_of(self, feature: Feature) -> Gated | None:
-        return self._steps.get(step_key(feature.to(DTYPES[self._own["dtype"]], self._device)))
+        return self._steps.get(step_key(feature.to(STATE_DTYPES[self._own["dtype"]], self._device)))
 
     def _reserve(self, num: int, wait_s: float) -> None:
         with self._changed:

@@ -40,10 +40,14 @@ from tiltscope.engine.tilt.worlds import GaussianWorld
 from tiltscope.kernels.philox import normal
 from tiltscope.kernels.reference import StepInputs
 
-# Relative, of D and of grad_a: float32 rounding through two networks, in another order of summation.
-GATES = {"x0_hat": 1e-4, "drive": 1e-4, "grad_a": 1e-3}
+# Relative norms, of D, drive and grad_a: rounding through two networks, in another order of summation. bfloat16: some three times
+# what is seen on emoji64 (1e-2, 1e-2, 6e-2).
+GATES = {
+    "float32": {"x0_hat": 1e-4, "drive": 1e-4, "grad_a": 1e-3},
+    "bfloat16": {"x0_hat": 3e-2, "drive": 5e-2, "grad_a": 2e-1},
+}
 # RMS over a picture, after so many guided rows that rounding has grown (design: 1e-3 across batch sizes).
-PICTURE_GATE = 1e-2
+PICTURE_GATES = {"float32": 1e-2, "bfloat16": 1e-1}
 # Relative: a sum over 37,632 products, in another order.
 LATENT_GATE = 1e-5
 LEVEL = 400
@@ -53,18 +57,18 @@ def row(options: Options) -> Iterator[Line]:
     """One guided row."""
     bundle, feature = options.bundle, options.bundle.feature(options.feature)
     plain, reference = PlainStep(bundle, feature), TorchStep(bundle.prior, feature)
-    steps: dict[str, Step] = {runner: _step(bundle, options.feature, runner) for runner in options.runners}
+    steps: dict[str, Step] = {way: _step(bundle, options.feature, way) for way in options.runners}
     peak = matmul_gflops()
     for batch in options.batches:
         x, sigma, alpha = noisy(bundle.prior, batch)
         readout = None if feature.readout is None else feature.readout.expand(batch)
         guided = partial(reference.guided, x, sigma, alpha, readout)
         all_ways = {"plain": partial(plain, x, LEVEL)} | {
-            runner: partial(guided_as_in_a_tick, step, x, sigma, alpha, readout) for runner, step in steps.items()
+            way: partial(guided_as_in_a_tick, step, x, sigma, alpha, readout) for way, step in steps.items()
         }
         expected, ways = guided(), dict[str, Way]()
         for name, way in all_ways.items():
-            if (wrong := _difference(StepOutput(*way()), expected)) is not None:
+            if (wrong := _difference(StepOutput(*way()), expected, dtype_of(name))) is not None:
                 yield Line(case="row", setting=f"batch {batch}", way=name, timing=None, refused=wrong)
             else:
                 ways[name] = way
@@ -78,18 +82,19 @@ def picture(options: Options) -> Iterator[Line]:
     config = SampleConfig(num=1, lam=0.5, steps=options.steps, solver="ddpm", grid="native", batch_size=1)
     run = prepare(bundle.prior, feature, config)
 
-    runs = {runner: prepare(bundle.prior, feature, replace(config, runner=runner)) for runner in options.runners}
+    runs = {way: prepare(bundle.prior, feature, replace(config, **asked_by(way))) for way in options.runners}
     by_hand = partial(_plain_picture, plain, run.plan, bundle.prior, lam=0.5)
     ways: dict[str, Way] = {"plain": by_hand}
     expected = by_hand()
-    for runner, each in runs.items():
+    for way, each in runs.items():
         draw = partial(each.draw_bucket, np.array([0]))
         rms = float((draw().x0 - expected).square().mean().sqrt())
-        if not rms <= PICTURE_GATE:
-            why = f"differs from the plain loop's picture by {rms:.1e} RMS, allowed {PICTURE_GATE:.0e}"
-            yield Line(case="picture", setting=f"{options.steps} rows", way=runner, timing=None, refused=why)
+        allowed = PICTURE_GATES[dtype_of(way)]
+        if not rms <= allowed:
+            why = f"differs from the plain loop's picture by {rms:.1e} RMS, allowed {allowed:.0e}"
+            yield Line(case="picture", setting=f"{options.steps} rows", way=way, timing=None, refused=why)
         else:
-            ways[runner] = draw
+            ways[way] = draw
     yield from lines("picture", f"{options.steps} rows", ways, options)
 
 
@@ -214,8 +219,21 @@ CASES: dict[str, Callable[[Options], Iterator[Line]]] = {
 }
 
 
-def _step(bundle: Bundle, feature: str, runner: str) -> Step:
-    run = prepare(bundle.prior, bundle.feature(feature), SampleConfig(lam=0.5, runner=runner))
+def asked_by(way: str) -> dict[str, str]:
+    """What `RUNNER` or `RUNNER:DTYPE` asks of a configuration. Raises ConfigError for a dtype that no gate is known for."""
+    runner, _, dtype = way.partition(":")
+    if (dtype or "float32") not in GATES:
+        raise ConfigError(f"runners: got {way}, allowed behind the colon are {', '.join(GATES)}")
+    return {"runner": runner, "dtype": dtype or "float32"}
+
+
+def dtype_of(way: str) -> str:
+    """float32 of the plain baseline, too."""
+    return asked_by(way)["dtype"]
+
+
+def _step(bundle: Bundle, feature: str, way: str) -> Step:
+    run = prepare(bundle.prior, bundle.feature(feature), SampleConfig(lam=0.5, **asked_by(way)))  # pyright: ignore[reportArgumentType]
     return run.programme.step
 
 
@@ -230,8 +248,8 @@ def noisy(prior: Prior, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, sigma, (1 - sigma**2).sqrt()
 
 
-def _difference(output: StepOutput, expected: StepOutput) -> str | None:
-    for name, allowed in GATES.items():
+def _difference(output: StepOutput, expected: StepOutput, dtype: str) -> str | None:
+    for name, allowed in GATES[dtype].items():
         got, wanted = getattr(output, name), getattr(expected, name)
         error = float((got - wanted).norm() / wanted.norm())
         if not error <= allowed:

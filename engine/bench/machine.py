@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiltscope.engine.runtime.cpu import processor_flags
+
 PACKAGES = ("tiltscope", "torch", "numpy", "diffusers", "transformers", "onnxruntime", "openvino", "triton")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -41,7 +43,7 @@ def environment() -> dict[str, Any]:
             "system": platform.platform(terse=True),
             "processors": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "features": [name for name in FEATURES if name in _processor_flags()],
+            "features": [name for name in FEATURES if name in processor_flags()],
             "load": round(os.getloadavg()[0], 2),
         },
     }
@@ -83,10 +85,3 @@ def _revision() -> str | None:
         return None
     words = ["git", "-C", str(root), "rev-parse", "HEAD"]
     return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or None
-
-
-def _processor_flags() -> set[str]:
-    """Of the first processor; none where the system has no /proc/cpuinfo."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))

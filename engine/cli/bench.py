@@ -24,7 +24,7 @@ class Arguments:
     feature: str | None = None
     """whose gradient is taken (default: the bundle's first)"""
     runners: tuple[str, ...] = ("torch",)
-    """runners to time (those that are not built yet are built first)"""
+    """runners to time, each RUNNER or RUNNER:bfloat16 (those that are not built yet are built first)"""
     batch: tuple[int, ...] = (1, 8)
     """batch sizes of the cases row, update and host"""
     steps: int = 10

@@ -12,6 +12,7 @@ from tiltscope.engine.cli.common import Common
 from tiltscope.engine.cli.screen import printable, put_json, say, stage
 from tiltscope.engine.config import DTYPES
 from tiltscope.engine.errors import TiltscopeError
+from tiltscope.engine.runtime.cpu import has_bfloat16
 from tiltscope.engine.runtime.runners import REFERENCE, cannot_run, runner_names
 
 # What an import is called where it is not called as its distribution.
@@ -46,7 +47,7 @@ def run(arguments: Arguments) -> int:
             "machine": _machine(),
             "bundle": _bundle(arguments.bundle),
             "runners": [_runner(name) for name in dict.fromkeys((*RUNNERS, *runner_names()))],
-            "dtypes": list(DTYPES),
+            "dtypes": [dtype for dtype in DTYPES if dtype != "bfloat16" or has_bfloat16()],
         }
     if report["bundle"]["problem"]:
         report["problems"].append(report["bundle"]["problem"])

@@ -134,7 +134,14 @@ def _row(gated: Gated, prior: Prior, feature: Feature, dtype: torch.dtype, bucke
     x = torch.stack([torch.from_numpy(normal(0, at, 0, STREAM_START, shape=prior.shape)) for at in range(bucket)])
     sigma = torch.full((bucket,), _SIGMA, dtype=torch.float64)
     readout = None if feature.readout is None else feature.readout.expand(bucket)
-    return partial(guided_as_in_a_tick, gated.step, x.to(dtype), sigma, (1 - sigma * sigma).sqrt(), readout)
+    return partial(
+        guided_as_in_a_tick,
+        gated.step,
+        x.to(torch.promote_types(dtype, torch.float32)),
+        sigma,
+        (1 - sigma * sigma).sqrt(),
+        readout,
+    )
 
 
 def _taken(choice: Choice) -> Choice:

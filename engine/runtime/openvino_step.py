@@ -12,41 +12,41 @@ from tiltscope.engine.runtime.threads import num_threads
 _COMPILED = "compiled.blob"
 
 
-def open_graph(path: Path) -> Engine:
-    """The model for the CPU, every product in float32. Raises RunnerError without OpenVINO.
+def open_graph(path: Path, precision: str = "f32") -> Engine:
+    """The model for the CPU, its products in `precision`, f32 or bf16. Raises RunnerError without OpenVINO.
 
-    OpenVINO's own choice of precision is bfloat16 where the CPU has it: the gradient is then off by percents.
+    OpenVINO's own choice is bfloat16 where the CPU has it: the gradient is then off by percents, which is for the user to want.
     """
-    return _run(_compiled(path))
+    return _run(_compiled(path, precision))
 
 
-def open_again(path: Path) -> Engine:
+def open_again(path: Path, precision: str = "f32") -> Engine:
     """Likewise for a file of an artefact: compiled once, and every other time opened as it then was."""
     core = needed("openvino", "openvino").Core()
 
     def make(place: Path) -> None:
-        found: Any = _compiled(path).export_model()
+        found: Any = _compiled(path, precision).export_model()
         (place / _COMPILED).write_bytes(found if isinstance(found, bytes) else found.getvalue())
 
-    folder = opened_before(path, "openvino", _settings(), make)
-    return _run(core.import_model((folder / _COMPILED).read_bytes(), "CPU", _settings()))
+    folder = opened_before(path, "openvino", _settings(precision), make)
+    return _run(core.import_model((folder / _COMPILED).read_bytes(), "CPU", _settings(precision)))
 
 
-def _settings() -> dict[str, Any]:
+def _settings(precision: str) -> dict[str, Any]:
     return {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": num_threads(),
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
     }
 
 
-def _compiled(path: Path) -> Any:
+def _compiled(path: Path, precision: str) -> Any:
     openvino: Any = needed("openvino", "openvino")
     core = openvino.Core()
     model = core.read_model(path)
     _turn_weights(openvino, model)
-    return core.compile_model(model, "CPU", _settings())
+    return core.compile_model(model, "CPU", _settings(precision))
 
 
 def _turn_weights(openvino: Any, model: Any) -> None:

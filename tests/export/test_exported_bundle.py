@@ -19,6 +19,7 @@ from tiltscope.engine.errors import BundleError, RunnerError
 from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.runtime import onnx_step, openvino_step
 from tiltscope.engine.runtime.cache import cache_folder
+from tiltscope.engine.runtime.cpu import has_bfloat16
 from tiltscope.engine.runtime.exported import INPUTS, OUTPUTS, ExportedStep, GraphFiles
 from tiltscope.engine.runtime.gate import LEVELS
 from tiltscope.engine.runtime.parity import check, measure
@@ -255,6 +256,21 @@ def test_a_float16_export_passes_the_limits_of_float16(tiny_bundle, empty_home, 
     (path,) = cache_folder().glob("*/guided.onnx")
     held = {each.data_type for each in onnx.load(path).graph.initializer if len(each.dims) == 4}
     assert held == {onnx.TensorProto.FLOAT16}
+
+
+def test_a_bfloat16_export_of_openvino_holds_float32_and_computes_in_bfloat16_where_the_processor_has_it(
+    tiny_bundle, empty_home, capsys
+):
+    words = ["export", "--bundle", str(tiny_bundle), "--runner", "openvino", "--dtype", "bfloat16"]
+    assert run([*words, "--batch", "1,3", "--quiet", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["failure"] is None
+    assert facts["key"]["dtype"] == "bfloat16"
+    onnx = pytest.importorskip("onnx")
+    (path,) = (each for each in cache_folder().glob("*/guided.onnx") if (each.parent / "measure.onnx").exists())
+    held = {each.data_type for each in onnx.load(path).graph.initializer if len(each.dims) == 4}
+    assert held == {onnx.TensorProto.FLOAT}
+    assert (max(row["grad_a"] for row in facts["parity"]) > 1e-4) == has_bfloat16()
 
 
 def test_an_allowed_parity_failure_is_told_and_stamped_in_the_manifest(

@@ -281,7 +281,7 @@ def empty_home(tmp_path, monkeypatch):
     ("runner", "dtype", "why"),
     [
         ("onnx", "bfloat16", "ONNX Runtime has no bfloat16 convolution for a CPU"),
-        ("openvino", "float16", "its setting decides what it computes in"),
+        ("openvino", "float16", "on a CPU it computes in float32 or bfloat16"),
         ("tensorrt_rtx", "float64", "no TensorRT convolves in float64"),
     ],
 )

@@ -18,7 +18,7 @@ def bundle(tiny_bundle):
 
 @pytest.fixture(scope="module")
 def tapped(bundle):
-    return tap(bundle.prior, bundle.feature("blocks.1:sae:3"), torch.float32)
+    return tap(bundle.prior, bundle.feature("blocks.1:sae:3"), torch.float32, torch.float32)
 
 
 def said(tapped):

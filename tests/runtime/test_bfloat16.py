@@ -1,0 +1,96 @@
+"""dtype bfloat16: the networks alone are narrowed, where the processor has it; the state, readings and results stay float32."""
+
+import pytest
+import torch
+
+import tiltscope
+from tiltscope.engine.bench.cases import asked_by
+from tiltscope.engine.config import SampleConfig
+from tiltscope.engine.errors import ConfigError
+from tiltscope.engine.prepare import prepare
+from tiltscope.engine.runtime import cpu
+from tiltscope.engine.tilt.worlds import GaussianWorld
+from tiltscope.export.onnx import openvino_exporter
+
+ADDRESS = "blocks.1:sae:3"
+SETTINGS = {"num": 4, "lam": 2.0, "steps": 4, "batch_size": 4}
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """A processor that has it, wherever this runs."""
+    monkeypatch.setattr(cpu, "processor_flags", lambda: ["avx2", "avx512_bf16"])
+
+
+def test_pictures_are_near_those_of_float32_and_not_the_same(tiny_bundle, native):
+    bundle = tiltscope.load(str(tiny_bundle))
+    wide = tiltscope.sample(bundle.prior, bundle.feature(ADDRESS), **SETTINGS)
+    narrow = tiltscope.sample(bundle.prior, bundle.feature(ADDRESS), **SETTINGS, dtype="bfloat16")
+    assert narrow.x0.dtype == narrow.activation.dtype == torch.float32
+    apart = (narrow.x0 - wide.x0).square().mean().sqrt()
+    assert 1e-4 < apart < 5e-2 * wide.x0.square().mean().sqrt()
+    assert narrow.ok.all()
+    assert narrow.manifest["config"]["dtype"] == "bfloat16"
+    assert narrow.manifest["identity"] != wide.manifest["identity"]
+
+
+def test_networks_are_narrow_and_state_readout_and_natural_activations_are_not(tiny_bundle, native):
+    bundle = tiltscope.load(str(tiny_bundle))
+    run = prepare(bundle.prior, bundle.feature(ADDRESS), SampleConfig(**SETTINGS, dtype="bfloat16"))
+    step = run.programme.step
+    assert (step.prior.network.dtype, step.feature.trunk.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert run.programme.dtype == run.feature.trunk.dtype == run.feature.readout.direction.dtype == torch.float32
+    x = torch.randn(2, *bundle.prior.shape, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.9, 0.1], dtype=torch.float64)
+    out = step.guided(x, sigma, (1 - sigma**2).sqrt(), run.feature.readout.expand(2))
+    assert {each.dtype for each in out} == {torch.float32}
+
+
+def test_the_batcher_draws_what_sample_draws(tiny_bundle, native):
+    bundle = tiltscope.load(str(tiny_bundle))
+    with tiltscope.Engine(bundle, max_batch=4, dtype="bfloat16") as engine:
+        got = engine.submit(ADDRESS, num=4, lam=2.0, steps=4).result(timeout=120)
+    alone = tiltscope.sample(bundle.prior, bundle.feature(ADDRESS), **SETTINGS, dtype="bfloat16")
+    assert torch.equal(got.x0, alone.x0)
+
+
+@pytest.mark.parametrize("flags", [[], ["avx2", "avx512f"]])
+def test_a_processor_without_it_is_refused_with_what_to_give(tiny_bundle, monkeypatch, flags):
+    monkeypatch.setattr(cpu, "processor_flags", lambda: flags)
+    bundle = tiltscope.load(str(tiny_bundle))
+    with pytest.raises(
+        ConfigError, match=r"no instructions \(one of avx512_bf16, amx_bf16, bf16\).*give dtype float32"
+    ):
+        tiltscope.sample(bundle.prior, bundle.feature(ADDRESS), **SETTINGS, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("flag", cpu.BFLOAT16)
+def test_each_kind_of_it_is_enough(monkeypatch, flag):
+    monkeypatch.setattr(cpu, "processor_flags", lambda: ["avx2", flag])
+    cpu.require_bfloat16(torch.device("cpu"))
+
+
+def test_functions_of_ones_own_are_refused(native):
+    world = GaussianWorld(s=1.3, shape=(2,))
+    with pytest.raises(ConfigError, match="got bfloat16 with a prior or a feature that is a Python function"):
+        tiltscope.sample(world.prior, world.feature, num=1, lam=0.5, steps=2, dtype="bfloat16")
+
+
+def test_triton_takes_it_and_not_float64():
+    assert SampleConfig(kernels="triton", dtype="bfloat16", lam=1.0).dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="got dtype float64, allowed are float32 and bfloat16"):
+        SampleConfig(kernels="triton", dtype="float64", lam=1.0)
+
+
+def test_openvino_reads_float32_files_and_is_told_what_to_compute_in():
+    for dtype, precision in ((torch.float32, "f32"), (torch.bfloat16, "bf16")):
+        assert openvino_exporter.file_dtype(dtype) == torch.float32
+        for again in (False, True):
+            assert openvino_exporter.opener(dtype, again=again).keywords == {"precision": precision}
+
+
+def test_a_way_of_bench_names_a_runner_and_a_dtype():
+    assert asked_by("onnx") == {"runner": "onnx", "dtype": "float32"}
+    assert asked_by("openvino:bfloat16") == {"runner": "openvino", "dtype": "bfloat16"}
+    with pytest.raises(ConfigError, match="got onnx:int8, allowed behind the colon are float32, bfloat16"):
+        asked_by("onnx:int8")
