@@ -182,12 +182,12 @@ def run_bundle(config: Config) -> dict[str, Any]:
 def run_stub() -> dict[str, Any]:
     world = GaussianWorld(s=1.3, shape=(3, 8, 8))
     prior = tiltscope.Prior(lambda x, sigma: x * 0.5, shape=world.shape, name="stub")
-    asked = stream([world.feature], 2000)
-    batched(prior, asked[:100])
+    asked = stream([world.feature], 3000)
+    batched(prior, asked[:1000])  # what as many answers take that are all held until the end
     before = peak_mib()
-    rate = batched(prior, asked[:1000]).to_the_end
+    rate = batched(prior, asked[1000:2000]).to_the_end
     middle = peak_mib()
-    batched(prior, asked[1000:])
+    batched(prior, asked[2000:])
     facts = {"us_a_tick": 1e6 * BATCH / rate, "peak_growth_mib": [middle - before, peak_mib() - middle]}
     print(f"{facts['us_a_tick']:.0f} us a tick of {BATCH}; peak memory grew by {facts['peak_growth_mib']} MiB")
     return facts

@@ -50,11 +50,11 @@ def measure(feature_word: str, bucket: int, dtype_name: str, chunk: int) -> dict
 
     import tiltscope
     from tiltscope.engine.bench.cases import noisy
-    from tiltscope.engine.prepare import DTYPES
+    from tiltscope.engine.prepare import NETWORK_DTYPES
     from tiltscope.engine.runtime.memory import ChunkedStep, row_mib
     from tiltscope.engine.runtime.step import TorchStep
 
-    bundle, dtype = tiltscope.load("emoji64"), DTYPES[dtype_name]
+    bundle, dtype = tiltscope.load("emoji64"), NETWORK_DTYPES[dtype_name]
     prior, feature = bundle.prior.to(dtype), bundle.feature(feature_word).to(dtype)
     foreseen = row_mib(prior, feature, dtype, batch=chunk or bucket)
     step = ChunkedStep(TorchStep(prior, feature), chunk or bucket)
@@ -62,7 +62,7 @@ def measure(feature_word: str, bucket: int, dtype_name: str, chunk: int) -> dict
 
     def row(batch: int) -> None:
         x, sigma, alpha = noisy(prior, batch)
-        step.guided(x.to(dtype), sigma, alpha, feature.readout.expand(batch))
+        step.guided(x.to(torch.promote_types(dtype, torch.float32)), sigma, alpha, feature.readout.expand(batch))
 
     row(1)
     forget_peak()

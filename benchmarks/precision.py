@@ -2,8 +2,8 @@
 
 Each way is RUNNER or RUNNER:DTYPE, drawn with the preset `fast`; the first is the baseline. Activations are read in float32 off
 every way's pictures. A bucket of pictures is timed in turn. Exits 1 where a way's mean activation or naturalness is further from
-the baseline's than three standard errors of their paired difference and 1 % of the baseline's. Appends a line to
-results/precision.jsonl, of which tools/benchmark_tables.py makes a table.
+the baseline's than three standard errors of their paired difference plus 1 % of the baseline's, or a picture failed. Appends a
+line to results/precision.jsonl, of which tools/benchmark_tables.py makes a table.
 Needs a processor with bfloat16.
 
     python benchmarks/precision.py
@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 
 import tiltscope
-from tiltscope.engine.bench.cases import asked_by
+from tiltscope.engine.bench.line import asked_by
 from tiltscope.engine.bench.machine import append_result
 from tiltscope.engine.bench.timing import interleave
 from tiltscope.engine.config import SampleConfig
@@ -64,7 +64,8 @@ def main(config: Config) -> int:
         seconds=config.seconds,
         settle=True,
     )
-    pictures = {way: join(run.draw()).x0 for way, run in runs.items()}
+    drawn = {way: join(run.draw()) for way, run in runs.items()}
+    pictures = {way: each.x0 for way, each in drawn.items()}
     with torch.no_grad():
         activation = {way: feature.activation(x0) for way, x0 in pictures.items()}
     natural = {way: torch.from_numpy(each_naturalness(bundle, x0)) for way, x0 in pictures.items()}
@@ -73,7 +74,9 @@ def main(config: Config) -> int:
         lines.append(
             {
                 "way": way,
+                "ok": bool(drawn[way].ok.all()),
                 "activation": paired(activation[way], activation[base]),
+                "reported": float(drawn[way].activation.mean()),
                 "naturalness": paired(natural[way], natural[base]),
                 "detail": detail(bundle, pictures[way]),
                 "rms": float((pictures[way] - pictures[base]).square().mean().sqrt()),
@@ -86,8 +89,8 @@ def main(config: Config) -> int:
         f"{line['way']}: {name}"
         for line in lines
         for name in ("activation", "naturalness")
-        if abs(line[name]["apart"]) > ERRORS * line[name]["se"] + SHARE * abs(lines[0][name]["mean"])
-    ]
+        if not abs(line[name]["apart"]) <= ERRORS * line[name]["se"] + SHARE * abs(lines[0][name]["mean"])
+    ] + [f"{line['way']}: a picture failed" for line in lines if not line["ok"]]
     print("further off than chance and 1 %:", ", ".join(off) or "none")
     return 1 if off else 0
 

@@ -37,7 +37,7 @@ _whole_operators = ContextVar("_whole_operators", default=False)
 
 def silu(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
     """x * sigmoid(x) = x/2 (1 + tanh(x/2)): no overflow at either end, unlike x / (1 + exp(-x)) in its backward pass."""
-    if _whole_operators.get():
+    if _whole_operators.get() or _is_narrow(x):
         return F.silu(x)
     if _in_eager_autograd(x):
         return cast(Tensor, _SiLU.apply(x))
@@ -46,11 +46,16 @@ def silu(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
 
 def gelu(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
     """x/2 (1 + erf(x/sqrt 2)), the exact form."""
-    if _whole_operators.get():
+    if _whole_operators.get() or _is_narrow(x):
         return F.gelu(x)
     if _in_eager_autograd(x):
         return cast(Tensor, _GELU.apply(x))
     return 0.5 * x * (1 + torch.erf(x * ROOT_HALF))
+
+
+def _is_narrow(x: Tensor) -> bool:
+    """In 16 bits 1 + tanh and 1 + erf would lose what is left of a small share; torch's own compute in float32 and round once."""
+    return x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _in_eager_autograd(x: Tensor) -> bool:

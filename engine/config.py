@@ -29,6 +29,7 @@ KERNELS = ("auto", "reference", "native", "compiled", "triton")
 DEVICES = ("cpu", "cuda")
 GRAPHS = ("auto", "off")
 CPU_RUNNERS = ("onnx", "openvino")
+GPU_RUNNERS = ("tensorrt", "tensorrt_rtx")  # wherever the slots are
 # What decides neither the pictures nor their number: a run may be continued with other values of these.
 # graphs: a replay runs the very kernels of the eager step.
 NOT_IN_IDENTITY = ("num", "batch_size", "graphs")

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from tiltscope.engine.choice import parse_choice
-from tiltscope.engine.config import SampleConfig
+from tiltscope.engine.config import GPU_RUNNERS, SampleConfig
 from tiltscope.engine.errors import CalibrationError, ConfigError, RunnerError
 from tiltscope.engine.feature.feature import Feature, check_activation
 from tiltscope.engine.prior.prior import Prior, check_denoise
@@ -52,7 +52,7 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, gated: Gate
     dtype, network_dtype = STATE_DTYPES[config.dtype], NETWORK_DTYPES[config.dtype]
     device, kernels = device_and_kernels(config)
     prior, feature = prior.to(dtype, device), feature.to(dtype, device)
-    networks = _narrowed(prior, feature, network_dtype, device) if network_dtype != dtype else (prior, feature)
+    networks = (prior, feature) if network_dtype == dtype else _narrowed(prior, feature, network_dtype, device)
     choice = None
     if gated is None:
         check_denoise(prior, dtype, guided=config.lam != 0)
@@ -134,10 +134,15 @@ def prepare(prior: Prior, feature: Feature, config: SampleConfig, *, gated: Gate
 
 
 def device_and_kernels(config: SampleConfig) -> tuple[torch.device, Implementation]:
-    """The device and the kernels asked for. Raises RunnerError where there is none, or where the kernels cannot run on it."""
+    """The device and the kernels asked for.
+
+    Raises RunnerError where there is none, or where the kernels cannot run on it, ConfigError for bfloat16 where it has none.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise RunnerError(f"device: got cuda, but torch {torch.__version__} sees no CUDA device; use device cpu")
     device = torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
+    if config.dtype == "bfloat16" and config.runner not in GPU_RUNNERS:
+        require_bfloat16(device)
     if config.kernels == "auto":
         return device, _same_bits_sooner(device)
     require_implementation(config.kernels, device)
@@ -157,8 +162,7 @@ def _same_bits_sooner(device: torch.device) -> Implementation:
 
 
 def _narrowed(prior: Prior, feature: Feature, dtype: torch.dtype, device: torch.device) -> tuple[Prior, Feature]:
-    """Both with their networks in a dtype narrower than the state's. Raises ConfigError where that is nothing to have."""
-    require_bfloat16(device)
+    """Both with their networks in a dtype narrower than the state's. Raises ConfigError for Python functions."""
     if prior.network is None or feature.trunk is None:
         raise ConfigError(
             f"dtype: got {str(dtype).removeprefix('torch.')} with a prior or a feature that is a Python function, which "

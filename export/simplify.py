@@ -40,10 +40,9 @@ def simplify(traced: GraphModule) -> None:
             if pure:
                 _turn_product(node)
     if pure:
+        # A turned product lies otherwise in memory, and what is computed from it.
         for node in traced.graph.find_nodes(op="call_function", target=aten.view.default):
-            node.target = (
-                aten.reshape.default
-            )  # a turned product lies otherwise in memory, and what is computed from it
+            node.target = aten.reshape.default
     traced.graph.eliminate_dead_code()
     traced.recompile()
 

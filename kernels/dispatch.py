@@ -71,9 +71,9 @@ def guided_step(
     """reference.guided_step by the implementation asked for. Shapes: StepInputs; x' and H' lie in memory as x does.
 
     x, history, table, drive, strength: one dtype, float32 or float64 (triton: float32). x0_hat, grad_a: that dtype, or both
-    bfloat16 or both float16; grad_a None where no slot is guided, which spares reading it (triton reads zeros). num_rows, plan,
-    row, key, index, particle int64, ok and guided bool. Strides: x, x0_hat, grad_a and history each C order or all channels last
-    within a sample, any stride between samples (reference: any).
+    bfloat16 or both float16; grad_a None where no slot is guided, which spares reading it (compiled, triton: read zeros).
+    num_rows, plan, row, key, index, particle int64, ok and guided bool. Strides: x, x0_hat, grad_a and history each C order or
+    all channels last within a sample, any stride between samples (reference: any).
     ticket: int32 [batch] of zeros, zeros again afterwards, for launches that follow each other on one stream; without it triton
     fills one of its own, a second small launch. Raises ConfigError, RunnerError.
     """
@@ -129,16 +129,20 @@ def _watched(x: Tensor) -> bool:
 def _run_guided_step(*given: Any) -> tuple[Tensor, ...]:
     """given: the fields of StepInputs, the ticket or None, the implementation."""
     inputs, ticket, implementation = StepInputs(*given[:-2]), given[-2], given[-1]
+    if implementation == "native" and inputs.grad_a is not None and not inputs.grad_a.is_contiguous():
+        # torch adds up a gradient in the order in which it lies in memory, so another order is other bits.
+        implementation = "reference"
     if implementation != "native" and inputs.x.device.type == "cpu":  # native looks itself
         require_rows(inputs)
+    if inputs.grad_a is None and implementation in ("compiled", "triton"):
+        # Another form of theirs would be another program for every shape.
+        nothing = torch.zeros_like(inputs.x0_hat)
+        inputs = inputs._replace(grad_a=nothing, guided=torch.zeros_like(inputs.guided))
     if implementation == "triton":
         from tiltscope.kernels.guided_step import guided_step as kernel
 
         made = kernel(inputs, ticket)
     else:
-        if implementation == "native" and inputs.grad_a is not None and not inputs.grad_a.is_contiguous():
-            # torch adds up a gradient in the order in which it lies in memory, so another order is other bits.
-            implementation = "reference"
         if implementation == "native":
             run = native.guided_step
         else:

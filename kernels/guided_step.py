@@ -270,7 +270,7 @@ def guided_step(inputs: StepInputs, ticket: Tensor | None = None) -> GuidedStep:
     ticket: int32 [batch] of zeros, which the launch leaves zero; a caller that keeps one for its stream spares the fill.
     """
     x, x0_hat, grad_a, history, *scalars = inputs
-    grad_a = torch.zeros_like(x0_hat) if grad_a is None else grad_a
+    assert grad_a is not None  # dispatch.py has seen to it
     batch, n = x.shape[0], x[0].numel()
     blocks = blocks_of(n)
     channels_last = not x[:1].is_contiguous()

@@ -38,7 +38,9 @@ _VECTORS = {"AVX2": ("-mavx2",), "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512
 _NAMES = {torch.float32: "f32", torch.float64: "f64"}
 _SECONDS = 120  # for the compiler: some hundred times what it needs
 _STREAM_STEP = 1
-_MINUS_TWO = {dtype: torch.tensor(-2, dtype=dtype) for dtype in _NAMES}  # a number would be made a tensor in every call
+_MINUS_TWO = {
+    dtype: torch.tensor(-2, dtype=dtype, device="cpu") for dtype in _NAMES
+}  # a number would be made a tensor in every call
 
 
 class _Passes(NamedTuple):
@@ -86,7 +88,10 @@ def guided_step(inputs: StepInputs) -> GuidedStep:
         *room.summed,
     )
     if not known:
-        require_rows(inputs)
+        require_rows(inputs)  # says what
+        raise RunnerError(
+            "kernels 'native': a plan or a row changed while it was read; nothing else may write to the slots"
+        )
     if grad_a is None:
         statistics = [torch.zeros_like(drive) for _ in range(3)]
     else:

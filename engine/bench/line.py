@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 
 from tiltscope.engine.bench.timing import Timing, Way, interleave
 from tiltscope.engine.bundle import Bundle
+from tiltscope.engine.errors import ConfigError
+
+# Of networks: those that cases.py knows a check for.
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +49,16 @@ def lines(
         yield Line(
             case=case, setting=setting, way=way, timing=timing, faster=base / timing.p50 if at else None, more=more
         )
+
+
+def asked_by(way: str) -> dict[str, str]:
+    """What `RUNNER` or `RUNNER:DTYPE` asks of a configuration. Raises ConfigError for a dtype that no check is known for."""
+    runner, _, dtype = way.partition(":")
+    if (dtype or "float32") not in DTYPES:
+        raise ConfigError(f"runners: got {way}, allowed behind the colon are {', '.join(DTYPES)}")
+    return {"runner": runner, "dtype": dtype or "float32"}
+
+
+def dtype_of(way: str) -> str:
+    """float32 of the plain baseline, too."""
+    return asked_by(way)["dtype"]

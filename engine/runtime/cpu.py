@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 
+@cache
 def processor_flags() -> list[str]:
     """Of the first processor; none where the system has no /proc/cpuinfo."""
     try:
@@ -46,6 +48,6 @@ def require_bfloat16(device: "torch.device") -> None:
         there, wanted = has_bfloat16(), f"one of {', '.join(BFLOAT16)}"
     if not there:
         raise ConfigError(
-            f"dtype: got bfloat16, for which this {device.type} has no instructions ({wanted}): it would take several times as "
-            "long as float32; give dtype float32"
+            f"dtype: got bfloat16, for which this {device.type} has no instructions that are known ({wanted}): without, it takes "
+            "longer than float32; give dtype float32"
         )

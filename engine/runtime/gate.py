@@ -112,14 +112,20 @@ def smoothed(readout: Readout | None, dtype: torch.dtype) -> Readout | None:
     return replace(readout, pooling=torch.stack([torch.zeros_like(largest), mean + largest, lse], dim=-1))
 
 
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a step whose networks compute in `dtype` is given, and gives: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def relative_errors(step: Step, test: SelfTest, dtype: torch.dtype) -> dict[str, float]:
     """Largest error of each output, relative to the largest expected value of that output in the same sample's batch.
 
     turn: 1 - the least cosine between gradients of one sample: at a noise level where the gradient is small beside that of the
     others, a wrong one shows in its direction only.
     """
-    readout = None if test.readout is None else test.readout.to(dtype)
-    got = step.guided(test.x.to(dtype), test.sigma, _alpha(test.sigma), readout)
+    wide = state_dtype(dtype)
+    readout = None if test.readout is None else test.readout.to(wide)
+    got = step.guided(test.x.to(wide), test.sigma, _alpha(test.sigma), readout)
     errors = {name: relative_error(getattr(got, name), getattr(test.expected, name)) for name in StepOutput._fields}
     return errors | {"turn": 1 - least_cosine(got.grad_a, test.expected.grad_a)}
 
@@ -131,13 +137,14 @@ def graph_errors(step: Step, graph: str, test: SelfTest, dtype: torch.dtype) -> 
     """
     if graph == "guided":
         return relative_errors(step, test, dtype)
-    expected, x = test.expected, test.x.to(dtype)
-    readout = None if test.readout is None else test.readout.to(dtype)
+    wide = state_dtype(dtype)
+    expected, x = test.expected, test.x.to(wide)
+    readout = None if test.readout is None else test.readout.to(wide)
     if graph == "unguided":
         return {"x0_hat": relative_error(step.unguided(x, test.sigma, _alpha(test.sigma)), expected.x0_hat)}
     if graph == "pullback":
-        return _gradient_errors(step.linearise(x, test.sigma)[1](test.grad_x0.to(dtype)), expected.grad_a)
-    x0 = expected.x0_hat.to(dtype)
+        return _gradient_errors(step.linearise(x, test.sigma)[1](test.grad_x0.to(wide)), expected.grad_a)
+    x0 = expected.x0_hat.to(wide)
     gradients: dict[str, float] = {}
     if graph == "gradient":
         activation, drive, grad = step.gradient(x0, readout)

@@ -124,7 +124,8 @@ def _alive_mib(prior: Prior, feature: Feature, dtype: torch.dtype, *, batch: int
     on_meta = feature.to(dtype, META)
     step = TorchStep(prior.to(dtype, META), on_meta)
     assert on_meta.readout is not None  # a readout's feature keeps one
-    x = torch.empty(batch, *prior.shape, dtype=dtype, device=META)
+    state = torch.promote_types(dtype, torch.float32)  # narrow networks alone are narrow
+    x = torch.empty(batch, *prior.shape, dtype=state, device=META)
     sigma = torch.empty(batch, dtype=torch.float64, device=META)
     with LiveBytes() as live:
         step.guided(x, sigma, sigma, on_meta.readout.expand(batch))

@@ -5,19 +5,22 @@ from typing import Any
 
 import numpy as np
 
+from tiltscope.engine.errors import RunnerError
 from tiltscope.engine.runtime.exported import Engine, needed
 from tiltscope.engine.runtime.opened import opened_before
 from tiltscope.engine.runtime.threads import num_threads
 
 _COMPILED = "compiled.blob"
+# A setting's word for a type, and OpenVINO's name of it.
+_TYPES = {"f32": "float32", "bf16": "bfloat16"}
 
 
 def open_graph(path: Path, precision: str = "f32") -> Engine:
-    """The model for the CPU, its products in `precision`, f32 or bf16. Raises RunnerError without OpenVINO.
+    """The model for the CPU, its products in `precision`, f32 or bf16. Raises RunnerError without OpenVINO, or where it does not.
 
     OpenVINO's own choice is bfloat16 where the CPU has it: the gradient is then off by percents, which is for the user to want.
     """
-    return _run(_compiled(path, precision))
+    return _run(_compiled(path, precision), precision)
 
 
 def open_again(path: Path, precision: str = "f32") -> Engine:
@@ -29,7 +32,7 @@ def open_again(path: Path, precision: str = "f32") -> Engine:
         (place / _COMPILED).write_bytes(found if isinstance(found, bytes) else found.getvalue())
 
     folder = opened_before(path, "openvino", _settings(precision), make)
-    return _run(core.import_model((folder / _COMPILED).read_bytes(), "CPU", _settings(precision)))
+    return _run(core.import_model((folder / _COMPILED).read_bytes(), "CPU", _settings(precision)), precision)
 
 
 def _settings(precision: str) -> dict[str, Any]:
@@ -64,6 +67,11 @@ def _turn_weights(openvino: Any, model: Any) -> None:
             node.output(0).replace(openvino.op.Constant(turned).output(0))
 
 
-def _run(model: Any) -> Engine:
+def _run(model: Any, precision: str) -> Engine:
+    taken = str(model.get_property("INFERENCE_PRECISION_HINT"))
+    if _TYPES[precision] not in taken:
+        raise RunnerError(
+            f"runner openvino: asked to compute in {_TYPES[precision]}, it would compute in {taken}; give dtype float32"
+        )
     # Copies: the arrays it gives are its own, and the next call writes into them.
     return lambda given: [each.copy() for each in model(given).to_tuple()]

@@ -13,7 +13,7 @@ from tiltscope.engine.errors import ParityError
 from tiltscope.engine.feature.feature import Feature
 from tiltscope.engine.feature.readout import Readout
 from tiltscope.engine.prior.prior import Prior
-from tiltscope.engine.runtime.gate import LEVELS, LIMITS, least_cosine, relative_error, smoothed
+from tiltscope.engine.runtime.gate import LEVELS, LIMITS, least_cosine, relative_error, smoothed, state_dtype
 from tiltscope.engine.runtime.step import Step, StepOutput, TorchStep
 from tiltscope.engine.sampler.noise import normal
 
@@ -53,6 +53,7 @@ def measure(
         else [smoothed(each, dtype) for each in (feature.readout, _unseen(feature.readout))]
     )
     found: list[Parity] = []
+    wide = state_dtype(dtype)
     for batch in batches:
         x = torch.stack([torch.from_numpy(normal(1, at, 0, 0, shape=prior.shape)) for at in range(batch)])
         for at, readout in enumerate(readouts):
@@ -62,9 +63,7 @@ def measure(
                 sigma = torch.full((batch,), level, dtype=torch.float64)
                 alpha = torch.sqrt((1 - sigma) * (1 + sigma))
                 expected = reference.guided(x, sigma, alpha, None if many is None else many.to(torch.float64))
-                pairs.append(
-                    (step.guided(x.to(dtype), sigma, alpha, None if many is None else many.to(dtype)), expected)
-                )
+                pairs.append((step.guided(x.to(wide), sigma, alpha, None if many is None else many.to(wide)), expected))
             for level, (got, expected), numbers in zip(levels, pairs, _numbers(pairs), strict=True):
                 pictures = {
                     name: relative_error(getattr(got, name), getattr(expected, name)) for name in ("x0_hat", "grad_a")

@@ -258,11 +258,14 @@ def test_a_float16_export_passes_the_limits_of_float16(tiny_bundle, empty_home, 
     assert held == {onnx.TensorProto.FLOAT16}
 
 
-def test_a_bfloat16_export_of_openvino_holds_float32_and_computes_in_bfloat16_where_the_processor_has_it(
+def test_a_bfloat16_export_of_openvino_holds_float32_and_computes_in_bfloat16_or_is_refused(
     tiny_bundle, empty_home, capsys
 ):
     words = ["export", "--bundle", str(tiny_bundle), "--runner", "openvino", "--dtype", "bfloat16"]
-    assert run([*words, "--batch", "1,3", "--quiet", "--json"]) == 0
+    if run([*words, "--batch", "1,3", "--quiet", "--json"]) == 2:
+        assert "asked to compute in bfloat16, it would compute in" in capsys.readouterr().err
+        assert not has_bfloat16()
+        return
     facts = json.loads(capsys.readouterr().out)
     assert facts["failure"] is None
     assert facts["key"]["dtype"] == "bfloat16"
@@ -270,7 +273,7 @@ def test_a_bfloat16_export_of_openvino_holds_float32_and_computes_in_bfloat16_wh
     (path,) = (each for each in cache_folder().glob("*/guided.onnx") if (each.parent / "measure.onnx").exists())
     held = {each.data_type for each in onnx.load(path).graph.initializer if len(each.dims) == 4}
     assert held == {onnx.TensorProto.FLOAT}
-    assert (max(row["grad_a"] for row in facts["parity"]) > 1e-4) == has_bfloat16()
+    assert 1e-4 < max(row["grad_a"] for row in facts["parity"]) < 2e-1
 
 
 def test_an_allowed_parity_failure_is_told_and_stamped_in_the_manifest(

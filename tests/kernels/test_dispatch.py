@@ -57,6 +57,16 @@ def test_a_wrong_argument_is_a_config_error_that_names_it(asked, name, change, s
     assert says in str(refused.value)
 
 
+@pytest.mark.parametrize("grad_a", [None, CASE.grad_a.contiguous(memory_format=torch.channels_last)])
+@pytest.mark.parametrize(("name", "by"), [("row", -9), ("row", 9), ("plan", -1), ("plan", 3), ("num_rows", 1)])
+def test_places_that_are_not_there_are_refused_by_native_without_a_gradient_and_with_one_that_it_leaves(
+    grad_a, name, by
+):
+    case = CASE._replace(grad_a=grad_a, **{name: getattr(CASE, name) + by})
+    with pytest.raises(tiltscope.errors.ConfigError, match=f"^{name}: got "):
+        dispatch.guided_step(case, implementation="native")
+
+
 def test_a_slot_that_has_done_its_plan_is_not_past_it():
     done = dispatch.guided_step(CASE._replace(row=CASE.num_rows[CASE.plan]))
     assert torch.equal(done.x, CASE.x)

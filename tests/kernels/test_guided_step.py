@@ -65,6 +65,7 @@ def test_an_unguided_slot_ignores_a_gradient_that_is_not_finite():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_without_a_gradient_every_slot_is_an_unguided_one_bit_for_bit(dtype):
     case = guided_case(9, (3, 5, 7)).to(dtype)
+    case = case._replace(drive=torch.full_like(case.drive, torch.nan))
     bare = reference.guided_step(case._replace(grad_a=None))
     unguided = reference.guided_step(case._replace(guided=torch.zeros_like(case.guided)))
     for name in ("x", "history", "row", "ok", "delta_norm_sq", "z_dot_delta"):

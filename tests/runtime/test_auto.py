@@ -12,7 +12,7 @@ import torch
 import tiltscope
 from tiltscope.engine.batching.engine import Engine
 from tiltscope.engine.bench.timing import interleave
-from tiltscope.engine.runtime import auto, exported, runners
+from tiltscope.engine.runtime import auto, cpu, exported, runners
 from tiltscope.engine.runtime.step import TorchStep
 from tiltscope.engine.tilt.worlds import GaussianWorld
 
@@ -128,6 +128,16 @@ def test_what_the_gate_refuses_is_not_timed(bundle, register):
     choice = draw(bundle).manifest["runner_choice"]
     assert list(choice["ms"]) == ["torch"]
     assert "grad_a" in choice["refused"]["wrong"]
+
+
+def test_of_bfloat16_those_are_tried_that_compute_in_it(bundle, register, monkeypatch):
+    monkeypatch.setattr(cpu, "processor_flags", lambda: ["avx512_bf16"])
+    narrow = Double("narrow", Torch)
+    monkeypatch.setattr(narrow, "dtypes", ("float32", "bfloat16"), raising=False)
+    register(Double("wide", Torch), narrow)
+    choice = draw(bundle, dtype="bfloat16").manifest["runner_choice"]
+    assert sorted(choice["ms"]) == ["narrow", "torch"]
+    assert choice["refused"] == {"wide": "has no bfloat16"}
 
 
 def test_a_runner_without_its_library_is_named_with_what_to_install(bundle, register, monkeypatch):

@@ -1,14 +1,20 @@
-"""dtype bfloat16: the networks alone are narrowed, where the processor has it; the state, readings and results stay float32."""
+"""dtype bfloat16: the networks alone are narrowed, where the processor has it; state, readout and update stay float32."""
 
+import json
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 import tiltscope
-from tiltscope.engine.bench.cases import asked_by
+from tiltscope.engine.batch_invariant import gelu, silu
+from tiltscope.engine.bench.line import asked_by
+from tiltscope.engine.cli.main import run
 from tiltscope.engine.config import SampleConfig
-from tiltscope.engine.errors import ConfigError
-from tiltscope.engine.prepare import prepare
-from tiltscope.engine.runtime import cpu
+from tiltscope.engine.errors import ConfigError, RunnerError
+from tiltscope.engine.prepare import device_and_kernels, prepare
+from tiltscope.engine.runtime import cpu, openvino_step
 from tiltscope.engine.tilt.worlds import GaussianWorld
 from tiltscope.export.onnx import openvino_exporter
 
@@ -36,13 +42,13 @@ def test_pictures_are_near_those_of_float32_and_not_the_same(tiny_bundle, native
 
 def test_networks_are_narrow_and_state_readout_and_natural_activations_are_not(tiny_bundle, native):
     bundle = tiltscope.load(str(tiny_bundle))
-    run = prepare(bundle.prior, bundle.feature(ADDRESS), SampleConfig(**SETTINGS, dtype="bfloat16"))
-    step = run.programme.step
+    ready = prepare(bundle.prior, bundle.feature(ADDRESS), SampleConfig(**SETTINGS, dtype="bfloat16"))
+    step = ready.programme.step
     assert (step.prior.network.dtype, step.feature.trunk.dtype) == (torch.bfloat16, torch.bfloat16)
-    assert run.programme.dtype == run.feature.trunk.dtype == run.feature.readout.direction.dtype == torch.float32
+    assert ready.programme.dtype == ready.feature.trunk.dtype == ready.feature.readout.direction.dtype == torch.float32
     x = torch.randn(2, *bundle.prior.shape, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.9, 0.1], dtype=torch.float64)
-    out = step.guided(x, sigma, (1 - sigma**2).sqrt(), run.feature.readout.expand(2))
+    out = step.guided(x, sigma, (1 - sigma**2).sqrt(), ready.feature.readout.expand(2))
     assert {each.dtype for each in out} == {torch.float32}
 
 
@@ -54,12 +60,48 @@ def test_the_batcher_draws_what_sample_draws(tiny_bundle, native):
     assert torch.equal(got.x0, alone.x0)
 
 
+def test_a_pictures_bits_do_not_depend_on_its_place_or_its_batch_mates(tiny_bundle, native):
+    bundle = tiltscope.load(str(tiny_bundle))
+    ready = prepare(bundle.prior, bundle.feature(ADDRESS), SampleConfig(**SETTINGS, dtype="bfloat16"))
+    here, there, others = (ready.draw_bucket(np.array(each)).x0 for each in ([0, 1, 2, 3], [2, 0, 3, 1], [7, 1, 8, 9]))
+    assert torch.equal(here[[2, 0, 3, 1]], there)
+    assert torch.equal(here[1], others[1])
+
+
+def test_an_engine_that_could_draw_nothing_is_refused_when_it_is_made(tiny_bundle, monkeypatch):
+    monkeypatch.setattr(cpu, "processor_flags", list)
+    with pytest.raises(ConfigError, match="got bfloat16"):
+        tiltscope.Engine(tiltscope.load(str(tiny_bundle)), dtype="bfloat16")
+
+
+def test_networks_on_a_gpu_of_their_own_do_not_ask_the_processor(monkeypatch):
+    monkeypatch.setattr(cpu, "processor_flags", list)
+    device_and_kernels(SampleConfig(lam=1.0, dtype="bfloat16", runner="tensorrt_rtx"))
+    with pytest.raises(ConfigError, match="got bfloat16"):
+        device_and_kernels(SampleConfig(lam=1.0, dtype="bfloat16", runner="openvino"))
+
+
+def test_openvino_that_computes_in_something_else_is_refused():
+    model = SimpleNamespace(get_property=lambda name: "<Type: 'float32'>")
+    with pytest.raises(RunnerError, match="asked to compute in bfloat16, it would compute in <Type: 'float32'>"):
+        openvino_step._run(model, "bf16")
+    assert openvino_step._run(model, "f32")
+
+
+@pytest.mark.parametrize("activate", [silu, gelu])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_activations_of_16_bits_are_rounded_once(activate, dtype):
+    x = torch.linspace(-8, 4, 2001).to(dtype)
+    exact = activate(x.double())
+    torch.testing.assert_close(activate(x).double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("flags", [[], ["avx2", "avx512f"]])
 def test_a_processor_without_it_is_refused_with_what_to_give(tiny_bundle, monkeypatch, flags):
     monkeypatch.setattr(cpu, "processor_flags", lambda: flags)
     bundle = tiltscope.load(str(tiny_bundle))
     with pytest.raises(
-        ConfigError, match=r"no instructions \(one of avx512_bf16, amx_bf16, bf16\).*give dtype float32"
+        ConfigError, match=r"no instructions that are known \(one of avx512_bf16, amx_bf16, bf16\).*give dtype float32"
     ):
         tiltscope.sample(bundle.prior, bundle.feature(ADDRESS), **SETTINGS, dtype="bfloat16")
 
@@ -68,6 +110,13 @@ def test_a_processor_without_it_is_refused_with_what_to_give(tiny_bundle, monkey
 def test_each_kind_of_it_is_enough(monkeypatch, flag):
     monkeypatch.setattr(cpu, "processor_flags", lambda: ["avx2", flag])
     cpu.require_bfloat16(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("flags", "there"), [([], False), (["amx_bf16"], True)])
+def test_doctor_tells_of_it_where_it_is(monkeypatch, capsys, flags, there):
+    monkeypatch.setattr(cpu, "processor_flags", lambda: flags)
+    run(["doctor", "--json", "--quiet"])
+    assert ("bfloat16" in json.loads(capsys.readouterr().out)["dtypes"]) == there
 
 
 def test_functions_of_ones_own_are_refused(native):

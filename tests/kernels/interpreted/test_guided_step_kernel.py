@@ -111,6 +111,7 @@ def test_an_unguided_slot_ignores_a_gradient_that_is_not_finite():
 @pytest.mark.parametrize("n", [5, 1028])
 def test_without_a_gradient_every_slot_is_an_unguided_one(n):
     case = guided_case(4, (n,))
+    case = case._replace(drive=torch.full_like(case.drive, torch.nan))
     bare, unguided = step(case._replace(grad_a=None)), step(case._replace(guided=torch.zeros_like(case.guided)))
     assert all(torch.equal(getattr(bare, name), getattr(unguided, name)) for name in ("x", "history", "row", "ok"))
     assert bare.grad_norm_sq.tolist() == bare.delta_norm_sq.tolist() == bare.z_dot_delta.tolist() == [0.0] * 4
