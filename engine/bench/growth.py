@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +16,9 @@ BATCHES = (1, 2, 4, 8, 16)
 ROWS = (5, 10, 20, 40)
 FEATURES = (1, 2, 4, 8)
 _FEW_ROWS = 4
-# Left to the prior, the first row of a picture is not guided: few rows would be too cheap for many to be as dear.
-_EVERY_ROW = (0.0, 1.0)
+# All rows alike: a grid that starts at sigma = 1 has no guided row there, nor has the first of a prior that asks so, and few rows
+# would be too cheap for many to be as dear. This one starts below.
+_EVERY_ROW = {"grid": "linear_beta", "guidance_interval": (0.0, 1.0)}
 
 
 def exponent(timings: dict[int, Timing]) -> float:
@@ -31,14 +33,8 @@ def growth(options: Options) -> Iterator[Line]:
     feature = bundle.feature(options.feature)
 
     def draws(num: int, steps: int) -> Callable[[], object]:
-        config = SampleConfig(
-            num=num,
-            lam=0.5,
-            steps=steps,
-            batch_size=num,
-            guidance_interval=_EVERY_ROW,
-            **asked_by(runner),  # pyright: ignore[reportArgumentType]
-        )
+        asked: dict[str, Any] = {**_EVERY_ROW, **asked_by(runner)}
+        config = SampleConfig(num=num, lam=0.5, steps=steps, batch_size=num, **asked)
         return partial(prepare(bundle.prior, feature, config).draw_bucket, np.arange(num))
 
     # Of the hook asked for: the features of one engine share it.

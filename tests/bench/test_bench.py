@@ -15,7 +15,9 @@ from tiltscope.engine.bench.timing import Timing, interleave
 from tiltscope.engine.cli.main import run
 from tiltscope.engine.errors import ConfigError
 from tiltscope.engine.feature.readout import read
+from tiltscope.engine.prepare import prepare
 from tiltscope.engine.runtime.step import TorchStep
+from tiltscope.engine.sampler.plan import GraphKind
 from tiltscope.kernels import dispatch
 
 FEATURE = "blocks.1:sae:3"
@@ -139,7 +141,10 @@ def test_growth_tells_the_exponent_of_times_over_each_size(options, monkeypatch)
     monkeypatch.setattr(growth, "BATCHES", (1, 2))
     monkeypatch.setattr(growth, "ROWS", (2, 4))
     monkeypatch.setattr(growth, "FEATURES", (1, 2))
+    drawn = []
+    monkeypatch.setattr(growth, "prepare", lambda *asked: drawn.append(prepare(*asked)) or drawn[-1])
     lines = list(growth.growth(options))
+    assert all((run.plan.kind == GraphKind.GUIDED).all() for run in drawn)
     assert [line.setting for line in lines] == ["batch 1", "batch 2", "rows 2", "rows 4", "features 1", "features 2"]
     for first, second in zip(lines[::2], lines[1::2], strict=True):
         expected = math.log2(second.timing.p50 / first.timing.p50)

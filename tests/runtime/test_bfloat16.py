@@ -15,6 +15,10 @@ from tiltscope.engine.config import SampleConfig
 from tiltscope.engine.errors import ConfigError, RunnerError
 from tiltscope.engine.prepare import device_and_kernels, prepare
 from tiltscope.engine.runtime import cpu, openvino_step
+from tiltscope.engine.runtime.gate import record_self_test, relative_errors
+from tiltscope.engine.runtime.memory import row_mib
+from tiltscope.engine.runtime.parity import measure
+from tiltscope.engine.runtime.step import TorchStep
 from tiltscope.engine.tilt.worlds import GaussianWorld
 from tiltscope.export.onnx import openvino_exporter
 
@@ -86,6 +90,29 @@ def test_openvino_that_computes_in_something_else_is_refused():
     with pytest.raises(RunnerError, match="asked to compute in bfloat16, it would compute in <Type: 'float32'>"):
         openvino_step._run(model, "bf16")
     assert openvino_step._run(model, "f32")
+
+
+def test_the_gate_gives_narrow_networks_what_a_run_gives_them():
+    world, given = GaussianWorld(s=1.3, shape=(2,)), []
+
+    class Watched(TorchStep):
+        def guided(self, x, sigma, alpha, readout):
+            given.append(x.dtype)
+            return super().guided(x, sigma, alpha, readout)
+
+    step = Watched(world.prior, world.feature)
+    test = record_self_test(TorchStep(world.prior, world.feature), (2,), world.feature.readout)
+    relative_errors(step, test, torch.bfloat16)
+    measure(step, world.prior, world.feature, dtype=torch.bfloat16, batches=(1,), levels=(0.5,))
+    assert given == [torch.float32] * 2
+
+
+def test_memory_of_narrow_networks_counts_a_wide_state(tiny_bundle):
+    bundle = tiltscope.load(str(tiny_bundle))
+    narrow, wide = (
+        row_mib(bundle.prior, bundle.feature(ADDRESS), dtype, batch=4) for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert 0.5 * wide < narrow < wide
 
 
 @pytest.mark.parametrize("activate", [silu, gelu])
