@@ -225,9 +225,8 @@ class Programme:
         return needs, HostRows(plan=host.plan, row=row, tilted=tilted)
 
     def _need(self, kinds: Sequence[int], tilted: Sequence[bool]) -> Need:
-        unguided = _UNGUIDED in kinds
         reads = self.particles > 1 and any(at == _UNGUIDED and on for at, on in zip(kinds, tilted, strict=True))
-        return Need(unguided=unguided, guided=_GUIDED in kinds, reads=reads)
+        return Need(unguided=_UNGUIDED in kinds, guided=_GUIDED in kinds, reads=reads)
 
 
 def rows_of(state: SlotState, programme: Programme) -> Float[Tensor, "batch 11"]:

@@ -273,7 +273,9 @@ def test_a_bfloat16_export_of_openvino_holds_float32_and_computes_in_bfloat16_or
     (path,) = (each for each in cache_folder().glob("*/guided.onnx") if (each.parent / "measure.onnx").exists())
     held = {each.data_type for each in onnx.load(path).graph.initializer if len(each.dims) == 4}
     assert held == {onnx.TensorProto.FLOAT}
-    assert 1e-4 < max(row["grad_a"] for row in facts["parity"]) < 2e-1
+    worst = max(row["grad_a"] for row in facts["parity"])
+    assert worst < 2e-1
+    assert worst > 1e-4 or not has_bfloat16()
 
 
 def test_an_allowed_parity_failure_is_told_and_stamped_in_the_manifest(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tiltscope.kernels.reference import resample
@@ -27,8 +27,10 @@ def by_loop(log_weight, u):
 
 
 @given(log_weights, st.floats(0.01, 0.99))
+@example([0.0, 19.0, 19.0, 19.0], 1 / 3)  # 1e-9 from a tie: u in float32 would be on its other side
 def test_ancestors_are_those_of_a_plain_loop(log_weight, u):
-    found = resample(torch.tensor([log_weight], dtype=torch.float64), torch.tensor([u]).double(), threshold=2.0)
+    weights, place = (torch.tensor([each], dtype=torch.float64) for each in (log_weight, u))
+    found = resample(weights, place, threshold=2.0)
     weight = torch.softmax(torch.tensor(log_weight, dtype=torch.float64), 0)
     gaps = (weight.cumsum(0)[:, None] - (torch.arange(len(weight)) + u) / len(weight)).abs()
     if gaps.min() < 1e-9:  # a tie: both neighbours are right
